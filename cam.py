@@ -1,0 +1,271 @@
+"""Coarse pseudo labels from a self-supervised ViT alone: windows, clusters, class activation maps (DMSA Eq. 5).
+
+    image --attention of CLS--> foreground --sliding windows--> CLS features --k-means over all images--> K centroids
+    image, K centroids --gradient of cos(CLS, centroid) in the last attention--> K maps (B, K, h, w)
+
+"The method borrowed from TransFGU" (DMSA Sec. 4.1). Nothing here is trained and no label is used.
+Needs torch, numpy and scipy; the ViT is an argument: any with DINO's attribute names (prepare_tokens, blocks,
+norm; in a block norm1, attn.qkv, attn.proj, attn.num_heads, norm2, mlp). Copy this file anywhere.
+
+    python cam.py         # writes cam.png: windows, clusters and class maps, by a ViT small enough to write by hand
+"""
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from scipy.cluster.vq import kmeans2, vq
+
+THING_SCALES = (0.6, 0.5, 0.4, 0.3)                       # sides of the windows as shares of the image: VOC
+SCENE_SCALES = (0.5, 0.4, 0.3, 0.2)                       # COCO
+COVER, CLEAR = 0.5, 0.8                                   # a window is kept with more foreground / background
+KEEP_MASS = 0.8                                           # share of a map's mass that is kept
+# All constants, and those inside the functions, are TransFGU's.
+
+
+# ----------------------------------------------------------------------------
+# The last attention: all that this file needs of a ViT
+
+
+def last_attention(vit, image):
+    """Normalised image (B, 3, H, W) -> what the CLS token does in the last block.
+
+    returns  x (B, D) CLS before the block; A (B, heads, n) its attention over the n = 1 + hw tokens, sums to 1;
+             v (B, heads, n, d) the values. Only this row of the n x n map is ever needed.
+    """
+    x = vit.prepare_tokens(image)                                                 # (B, n, D)
+    for block in vit.blocks[:-1]:
+        x = block(x)
+    block = vit.blocks[-1]
+    q, k, v = block.attn.qkv(block.norm1(x)).unflatten(2, (3, block.attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    A = (q[:, :, :1] @ k.transpose(2, 3) * q.shape[3] ** -0.5).softmax(3)         # (B, heads, 1, n), Eq. 2
+    return x[:, 0], A.squeeze(2), v
+
+
+def cls_feature(vit, x, attended):
+    """The rest of the last block for the CLS token alone: x, attended = A v (..., D) -> normed CLS (..., D)."""
+    block = vit.blocks[-1]
+    x = x + block.attn.proj(attended)
+    return vit.norm(x + block.mlp(block.norm2(x)))
+
+
+def patch_grid(vit, image):
+    """Rows and columns of patches in image (B, 3, H, W)."""
+    return tuple(side // vit.patch_embed.proj.kernel_size[0] for side in image.shape[2:])
+
+
+# ----------------------------------------------------------------------------
+# Windows on the foreground, and their features
+
+
+def windows(h, w, scales=THING_SCALES):
+    """Sliding windows on an h x w grid: (M, 4) int64 of x0 y0 x1 y1, patches, both ends inclusive.
+
+    The side is s = int(min(h, w) * scale); centres step by s / 2 and one more touches the far border. Scale by
+    scale, rows first. 70 windows for VOC's scales on 20 x 20, 40 x 40 and 80 x 80. Raises ValueError if none fits.
+    """
+    boxes = []
+    for scale in scales:
+        s = int(min(h, w) * scale)
+
+        def centres(n):
+            return [c for c in range(n) if c - s / 2 >= 0 and c + s / 2 < n
+                    and (c % (s / 2) == 0 or c + s / 2 == n - 1)] if s else []
+
+        boxes += [(int(np.ceil(x - s / 2)), int(np.ceil(y - s / 2)), int(x + s / 2), int(y + s / 2))
+                  for y in centres(h) for x in centres(w)]
+    if not boxes:
+        raise ValueError(f"no window of scales {tuple(scales)} fits a grid of {h} x {w} patches")
+    return np.array(boxes)
+
+
+def foreground(A, grid):
+    """Patches that the CLS token attends to more than average: A (B, heads, 1 + hw) -> bool (B, h, w)."""
+    attention = A[:, :, 1:].mean(1)                                               # (B, hw)
+    return (attention > attention.mean(1, keepdim=True)).unflatten(1, grid)
+
+
+def select_windows(mask, boxes, patch):
+    """Which windows lie on the foreground and which off it.
+
+    mask     (h, w) bool, foreground patches
+    boxes    (M, 4) of `windows`; patch: its side in pixels
+    returns  fore, back: bool (M,); share of foreground above 0.5, share of background above 0.8
+    """
+    pixels = mask.cpu().numpy().repeat(patch, 0).repeat(patch, 1)                 # (H, W)
+    sums = np.pad(pixels.cumsum(0).cumsum(1), ((1, 0), (1, 0)))                   # sums of all rectangles
+    x0, y0, x1, y1 = pixel_boxes(boxes, patch).T
+    share = (sums[y1, x1] - sums[y0, x1] - sums[y1, x0] + sums[y0, x0]) / ((x1 - x0) * (y1 - y0))
+    return share > COVER, 1 - share > CLEAR
+
+
+def pixel_boxes(boxes, patch):
+    """Patches, both ends inclusive -> pixels, end exclusive; the last row and column are cut (as TransFGU does)."""
+    return np.concatenate([boxes[:, :2] * patch, (boxes[:, 2:] + 1) * patch - 1], axis=1)
+
+
+def crop_windows(image, boxes, patch, size):
+    """Windows of one image (3, H, W) resized to size x size (bilinear): (M, 3, size, size)."""
+    return torch.cat([F.interpolate(image[None, :, y0:y1, x0:x1], size=(size, size), mode="bilinear")
+                      for x0, y0, x1, y1 in pixel_boxes(boxes, patch).tolist()])
+
+
+@torch.no_grad()
+def window_features(vit, image, size, scales=THING_SCALES, stuff=False, batch=16):
+    """CLS features of one image's foreground windows, and of its background windows.
+
+    image    (1, 3, H, W) normalised; TransFGU takes it twice as large as the crops
+    size     side in pixels of the crops that the ViT sees; batch: crops per forward pass
+    stuff    also the background windows (only they describe stuff; without it they are not computed)
+    returns  fore (M, D), back (M', D); empty where no window qualifies
+    """
+    grid, patch = patch_grid(vit, image), vit.patch_embed.proj.kernel_size[0]
+    x, A, _ = last_attention(vit, image)
+    boxes = windows(*grid, scales)
+    fore, back = select_windows(foreground(A, grid)[0], boxes, patch)
+    features = []
+    for chosen in (fore, back & stuff):
+        parts = [x[:0]]                                                           # (0, D)
+        for start in range(0, chosen.sum(), batch):
+            crops = crop_windows(image[0], boxes[chosen][start:start + batch], patch, size)
+            x, A, v = last_attention(vit, crops)
+            parts.append(cls_feature(vit, x, (A[:, :, None] @ v).flatten(1)))     # (M, D)
+        features.append(torch.cat(parts))
+    return features
+
+
+def cluster(features, k, seed=0, restarts=5):
+    """k-means of features (M, D): centroids (k, D) float32, of the best of several starts.
+
+    Euclidean distance of un-normalised features, as TransFGU; its single start at random points often sticks
+    in a poor optimum. Raises ValueError if there are fewer than k features.
+    """
+    features = np.asarray(features, dtype=np.float32)
+    if len(features) < k:
+        raise ValueError(f"{len(features)} windows are too few for {k} clusters: give more images or fewer classes")
+    rng, best, lowest = np.random.default_rng(seed), None, np.inf
+    for _ in range(restarts):
+        centroids, _ = kmeans2(features, k, iter=100, minit="++", rng=rng)
+        inertia = (vq(features, centroids)[1] ** 2).sum()
+        if inertia < lowest:
+            best, lowest = centroids, inertia
+    return best
+
+
+# ----------------------------------------------------------------------------
+# Class activation maps (Eq. 5)
+
+
+def keep_mass(maps, share=KEEP_MASS):
+    """Where the largest values lie that together hold `share` of a map's mass.
+
+    maps (..., n) >= 0 -> bool (..., n); an all-zero map keeps nothing.
+    """
+    values, order = maps.sort(-1)
+    tail = values.cumsum(-1) > (1 - share) * values.sum(-1, keepdim=True)
+    return torch.zeros_like(tail).scatter(-1, order, tail)
+
+
+@torch.no_grad()
+def class_activation_maps(vit, image, centroids):
+    """Eq. 5: L^c = ReLU(sum_k alpha_k^c A^k), A^k the CLS row of head k of the last attention.
+
+    image      (B, 3, H, W) normalised
+    centroids  (K, D) of `cluster`
+    returns    (B, K, h, w) >= 0; every image by itself, whatever else is in the batch (decision 10)
+
+    The weight alpha is the gradient of cos(CLS feature, centroid) in the attention, mean over heads; positive
+    gradients that hold 80 % of the mass are added to the attention itself, and patches that lower the cosine
+    become 0 (TransFGU).
+
+    In closed form: attended = A v is linear in A, so the gradient in A is v u with u the gradient in
+    `attended`. One backward pass of K copies of one token through the last MLP gives all K of them.
+    """
+    B, K, grid = len(image), len(centroids), patch_grid(vit, image)
+    x, A, v = last_attention(vit, image)                                          # (B, D) (B, heads, n) (B, heads, n, d)
+    attended = (A[:, :, None] @ v).flatten(1)                                     # (B, D)
+    with torch.enable_grad():
+        copies = attended[:, None].repeat(1, K, 1).requires_grad_()               # (B, K, D)
+        cosine = F.cosine_similarity(cls_feature(vit, x[:, None], copies), centroids, dim=2)
+        u, = torch.autograd.grad(cosine.sum(), copies)                            # (B, K, D)
+    v = v[:, :, 1:].transpose(1, 2).flatten(2)                                    # (B, hw, D), heads side by side
+    alpha = u @ v.transpose(1, 2) / A.shape[1]                                    # (B, K, hw)
+    evidence = F.relu(alpha)
+    evidence = evidence * keep_mass(evidence)
+    attention = A[:, :, 1:].mean(1, keepdim=True)                                 # (B, 1, hw)
+    maps = attention / attention.amax(2, keepdim=True) + evidence
+    return (maps * (alpha >= 0)).view(B, K, *grid)
+
+
+# ----------------------------------------------------------------------------
+# The concept in one picture, by a ViT small enough to write by hand
+
+
+class HandViT(nn.Module):
+    """One block, one head. A token is (1, saturation, red, green, blue); CLS attends to saturation."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm1 = self.norm2 = nn.Identity()
+            self.attn = nn.Module()
+            self.attn.num_heads, self.attn.qkv, self.attn.proj = 1, nn.Linear(5, 15, bias=False), nn.Identity()
+            self.mlp = lambda x: torch.zeros_like(x)
+            weight = torch.zeros(15, 5)
+            weight[1, 0], weight[6, 1] = 25.0, 1.0                                # q k^T = 25 x saturation
+            weight[12, 2] = weight[13, 3] = weight[14, 4] = 1.0                   # v = colour
+            self.attn.qkv.weight.data = weight
+
+    def __init__(self):
+        super().__init__()
+        self.patch_embed, self.blocks = nn.Module(), nn.ModuleList([self.Block()])
+        self.patch_embed.proj = nn.Conv2d(3, 5, 8, 8)
+        self.norm = nn.LayerNorm(5)
+
+    def prepare_tokens(self, image):
+        rgb = F.avg_pool2d(image, 8).flatten(2).transpose(1, 2)                   # (B, hw, 3)
+        rgb = rgb - rgb.mean(2, keepdim=True)
+        tokens = torch.cat([torch.ones_like(rgb[..., :1]), rgb.norm(dim=2, keepdim=True), rgb], dim=2)
+        return torch.cat([tokens.new_tensor([1.0, 0, 0, 0, 0]).expand(len(image), 1, 5), tokens], dim=1)
+
+
+def main():
+    """Two discs in each of 24 pictures, three colours in all: find windows, three clusters, and their maps."""
+    from PIL import Image, ImageDraw
+    size, vit, rng = 160, HandViT(), np.random.default_rng(0)
+    y, x = np.mgrid[:size, :size]
+    colours = np.array([[0.9, 0.2, 0.2], [0.2, 0.8, 0.3], [0.25, 0.35, 0.95]])
+    pictures = []
+    for i in range(24):
+        picture = np.full((size, size, 3), 0.5) + rng.normal(0, 0.05, (size, size, 1))
+        for side, colour in enumerate(rng.choice(3, 2, replace=False)):
+            radius = rng.integers(24, 36)
+            cy, cx = rng.integers(40, 120), 40 + 80 * side
+            picture[np.hypot(y - cy, x - cx) < radius] = colours[colour] * rng.uniform(0.8, 1.0)
+        pictures.append(torch.tensor(picture, dtype=torch.float32).permute(2, 0, 1)[None])
+    bank = torch.cat([window_features(vit, picture, 64)[0] for picture in pictures])
+    centroids = torch.tensor(cluster(bank, 3))
+    print(f"{len(bank)} foreground windows of {len(pictures)} pictures; sizes of the clusters "
+          f"{np.bincount(vq(bank.numpy(), centroids.numpy())[0]).tolist()}")
+    picture, cell = pictures[0], 240
+    _, A, _ = last_attention(vit, picture)
+    boxes = windows(20, 20)
+    chosen, _ = select_windows(foreground(A, (20, 20))[0], boxes, 8)
+    attention = A[0, 0, 1:].view(20, 20)
+    tiles = [("image and kept windows", picture[0]), ("attention of CLS", (attention / attention.max()).expand(3, -1, -1))]
+    for k, cam in enumerate(class_activation_maps(vit, picture, centroids)[0]):
+        tiles.append((f"map of cluster {k}", (cam / cam.max().clamp(min=1e-9)).expand(3, -1, -1)))
+    page = Image.new("RGB", (len(tiles) * (cell + 10) + 10, cell + 40), "white")
+    draw = ImageDraw.Draw(page)
+    for i, (title, pixels) in enumerate(tiles):
+        tile = Image.fromarray((pixels.clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy())
+        page.paste(tile.resize((cell, cell), Image.NEAREST), (10 + i * (cell + 10), 30))
+        draw.text((10 + i * (cell + 10), 10), title, "black")
+    for box in pixel_boxes(boxes[chosen], 8) * cell / size:
+        draw.rectangle([10 + box[0], 30 + box[1], 10 + box[2], 30 + box[3]], outline="yellow")
+    page.save("cam.png")
+    print("wrote cam.png: each map is bright on the disc of its cluster's colour and black on the other")
+
+
+if __name__ == "__main__":
+    main()

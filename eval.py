@@ -1,0 +1,406 @@
+"""Hungarian-matched scores, predictions and pictures of a trained checkpoint.
+
+    python eval.py runs/voc/best.pt --data voc                     # per-class IoU, mIoU, accuracy, assignment
+    python eval.py runs/voc/best.pt --native --par                 # at the images' own size, refined by PAR
+    python eval.py runs/voc/best.pt --predict photos --out masks   # palette PNG, overlay and legend of each image
+    python eval.py runs/voc/best.pt --explain photo.jpg            # every stage of Fig. 2 for one photograph
+    python eval.py A.pt --compare B.pt C.pt --predict photos       # several checkpoints side by side (Figs. 3 and 4)
+
+Clusters have no names: an assignment of clusters to classes, one to one, is found on the labelled split so that
+most pixels are right (Hungarian matching), and only then is anything scored (TransFGU's protocol, decision 20).
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from scipy.optimize import linear_sum_assignment
+
+import cam
+import data
+import losses
+from model import BACKBONES, DMSA, MEAN, STD, VisionTransformer
+from par import PAR
+
+GROUP = 16                                                # images of one forward pass, the same for any number of processes
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message is one line for people."""
+
+
+# ----------------------------------------------------------------------------
+# Scores
+
+
+def confusion_matrix(label, prediction, n):
+    """Count pixels: (n, n) int64 [truth, prediction].
+
+    label, prediction   equal shapes, numpy or torch integers; labels outside 0..n-1 (255, -1: void) do not count
+    """
+    label, prediction = torch.as_tensor(label).flatten().long(), torch.as_tensor(prediction).flatten().long()
+    valid = (label >= 0) & (label < n)
+    return torch.bincount(label[valid] * n + prediction[valid], minlength=n * n).view(n, n)
+
+
+def hungarian(confusion):
+    """For every predicted cluster its class: (n,) int64, one to one, so that most pixels are right.
+
+    confusion (n, n) [truth, prediction]. All classes take part, the background included.
+    """
+    confusion = np.asarray(confusion)
+    truth, cluster = linear_sum_assignment(confusion, maximize=True)
+    assignment = np.empty(len(confusion), np.int64)
+    assignment[cluster] = truth
+    return assignment
+
+
+def scores(confusion):
+    """Scores after Hungarian matching, percent.
+
+    returns  {"miou", "accuracy", "iou": (n,), "assignment": (n,), "clusters": in use, "entropy": of the predicted
+             shares, 0 when everything is one cluster, 1 when all are equally frequent}
+
+    IoU = TP / (TP + FP + FN). The mean leaves out classes that are neither in truth nor in the prediction (NaN
+    here); a class that is only predicted counts 0 (TransFGU; others average over the classes in truth).
+    """
+    confusion = np.asarray(confusion)
+    assignment = hungarian(confusion)
+    matched = np.zeros_like(confusion)
+    matched[:, assignment] = confusion                                            # columns now are classes
+    right, union = np.diag(matched), matched.sum(0) + matched.sum(1) - np.diag(matched)
+    iou = 100 * np.divide(right, union, out=np.full(len(union), np.nan), where=union > 0)
+    share = confusion.sum(0) / max(confusion.sum(), 1)
+    entropy = -(share[share > 0] * np.log(share[share > 0])).sum() / np.log(len(share))
+    return {"miou": float(np.nanmean(iou)) if (union > 0).any() else 0.0,
+            "accuracy": float(100 * right.sum() / max(confusion.sum(), 1)),
+            "iou": iou, "assignment": assignment, "clusters": int((share > 0).sum()), "entropy": float(abs(entropy))}
+
+
+# ----------------------------------------------------------------------------
+# Checkpoint -> network -> masks
+
+
+def load_checkpoint(file):
+    """The dict that train.py saved: tensors and plain values only. Raises CheckpointError naming the file."""
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot read this checkpoint ({error.strerror or error})") from None
+    except Exception as error:                            # torch raises many kinds on a damaged or foreign file
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:100]
+        raise CheckpointError(f"{file}: damaged, or not a checkpoint of plain tensors and values: {reason}") from None
+    if not isinstance(checkpoint, dict) or not {"student", "teacher", "vit", "args", "names"} <= checkpoint.keys():
+        raise CheckpointError(f"{file}: not a checkpoint of train.py")
+    return checkpoint
+
+
+def restore(checkpoint, device="cpu"):
+    """The network of a checkpoint, in eval mode."""
+    args = checkpoint["args"]
+    network = DMSA(VisionTransformer(**BACKBONES[args["backbone"]][0]), len(checkpoint["names"]), args["aspp"] != "none")
+    for name in ("vit", "student", "teacher"):
+        getattr(network, name).load_state_dict(checkpoint[name])
+    return network.to(device).eval()
+
+
+def normalise(image):
+    """uint8 (B, H, W, 3), numpy or torch -> float (B, 3, H, W) in 0..1, and the same normalised for DINO."""
+    image = torch.as_tensor(image).permute(0, 3, 1, 2).float() / 255
+    return image, (image - image.new_tensor(MEAN).view(3, 1, 1)) / image.new_tensor(STD).view(3, 1, 1)
+
+
+@torch.no_grad()
+def segment(network, image, rates, size, par=None):
+    """Cluster of every pixel: uint8 (B, H, W, 3) -> uint8 (B, *size), by the student.
+
+    size   (rows, columns) that the logits are enlarged to before the arg max; par: refine there with this PAR
+    """
+    image, normalised = normalise(image)
+    logits = network(normalised, rates)                                           # (B, N, h, w)
+    if par is not None:
+        return par(F.interpolate(image, size=size, mode="bilinear"), logits.softmax(1)).argmax(1).byte()
+    return F.interpolate(logits, size=size, mode="bilinear").argmax(1).byte()
+
+
+def groups(n, rank=0, world=1):
+    """This process's share of 0..n-1, in groups that do not depend on the number of processes."""
+    starts = list(range(0, n, GROUP))[rank::world]
+    return [range(start, min(start + GROUP, n)) for start in starts]
+
+
+def evaluate(network, images, labels, rates, device="cpu", rank=0, world=1, par=None):
+    """This process's part of the confusion matrix (N, N) of a split: images (n, S, S, 3), labels (n, S, S) uint8."""
+    n_classes = network.student.decoder.n_classes
+    total = torch.zeros(n_classes, n_classes, dtype=torch.int64)
+    for group in groups(len(labels), rank, world):
+        masks = segment(network, torch.from_numpy(images[group.start:group.stop]).to(device), rates, labels.shape[1:], par)
+        total += confusion_matrix(labels[group.start:group.stop], masks.cpu(), n_classes)
+    return total
+
+
+def whole_patches(image, patch, most=1024):
+    """Resize an image so that no pixel is beyond the last whole patch, and to `most` pixels a side at most."""
+    H, W = image.shape[:2]
+    shrink = min(1, most / max(H, W))
+    h, w = (max(patch, round(side * shrink / patch) * patch) for side in (H, W))
+    return np.array(Image.fromarray(image).resize((w, h), Image.BILINEAR))
+
+
+def segment_image(network, image, rates, size, native=False, par=None):
+    """Clusters of one image of any size: uint8 (H, W, 3) -> uint8 (H, W).
+
+    The network sees it squashed to size x size or, `native`, at its own size in whole patches. Masks are made at
+    up to 1024 pixels a side and enlarged from there (nearest).
+    """
+    H, W = image.shape[:2]
+    shrink = min(1, 1024 / max(H, W))
+    seen = whole_patches(image, network.vit.patch_size) if native else data.squash(image, size)
+    mask = segment(network, seen[None], rates, (max(1, round(H * shrink)), max(1, round(W * shrink))), par)[0]
+    return np.array(Image.fromarray(mask.cpu().numpy()).resize((W, H), Image.NEAREST))
+
+
+# ----------------------------------------------------------------------------
+# Pictures
+
+
+def stages(network, checkpoint, image, par):
+    """Every stage of Fig. 2 for squashed images uint8 (B, S, S, 3), in clusters.
+
+    returns  attention (B, h, w) in 0..1, CAM maps (B, K, h, w), CAM label, teacher label, pseudo label and student's
+             prediction (B, S, S)
+    """
+    size, background = image.shape[1:3], checkpoint["background"]
+    pixels, normalised = normalise(image)
+    upsample = lambda p: F.interpolate(p, size=size, mode="bilinear")
+    refine = upsample if par is None else lambda p: par(pixels, p)
+    with torch.no_grad():
+        _, A, _ = cam.last_attention(network.vit, normalised)
+        attention = A[:, :, 1:].mean(1).unflatten(1, cam.patch_grid(network.vit, normalised))
+        maps = cam.class_activation_maps(network.vit, normalised, checkpoint["centroids"])
+        features, rates = network.features(normalised), checkpoint["rates"]
+        teacher, student = (network.decode(head, features, rates)[0] for head in (network.teacher, network.student))
+        coarse, _, _ = losses.pseudo_label(maps, None, upsample, 0, background, checkpoint["args"]["background"])
+        pseudo, _, _ = losses.pseudo_label(maps, teacher if checkpoint["teacher_on"] else None, refine,
+                                           checkpoint["args"]["teacher_weight"], background, checkpoint["args"]["background"])
+    return (attention / attention.amax((1, 2), keepdim=True), maps, coarse.numpy(), upsample(teacher).argmax(1).numpy(),
+            pseudo.numpy(), upsample(student).argmax(1).numpy())
+
+
+def grey(maps, size):
+    """(h, w) in 0..1 -> uint8 (size, size, 3), so that the patches can be seen."""
+    tile = Image.fromarray((np.asarray(maps).clip(0, 1) * 255).astype(np.uint8)).resize((size, size), Image.NEAREST)
+    return np.array(tile.convert("RGB"))
+
+
+def page(rows, titles, names, colours, cell=160):
+    """A picture of rows of uint8 (S, S, 3) tiles under titles, with a legend of the classes."""
+    gap, head = 6, 24
+    lines = -(-len(names) // max(1, len(titles) * 2))
+    sheet = Image.new("RGB", (len(titles) * (cell + gap) + gap, head + len(rows) * (cell + gap) + 18 * lines + gap), "white")
+    pen = ImageDraw.Draw(sheet)
+    for column, title in enumerate(titles):
+        pen.text((gap + column * (cell + gap), 8), title, "black")
+    for r, row in enumerate(rows):
+        for column, tile in enumerate(row):
+            tile = Image.fromarray(tile).resize((cell, cell), Image.NEAREST)
+            sheet.paste(tile, (gap + column * (cell + gap), head + r * (cell + gap)))
+    step, per_line = (cell + gap) // 2, len(titles) * 2
+    for i, name in enumerate(names):
+        x, y = gap + (i % per_line) * step, head + len(rows) * (cell + gap) + 18 * (i // per_line)
+        pen.rectangle([x, y + 1, x + 12, y + 13], fill=tuple(colours[i].tolist()), outline="grey")
+        pen.text((x + 16, y + 1), name[:11], "black")
+    return sheet
+
+
+def panels(network, checkpoint, images, labels, file, par=None):
+    """Write image | attention | CAM | pseudo label | prediction | truth for uint8 (B, S, S, 3), (B, S, S) or None."""
+    colours, assignment, size = data.palette(), np.array(checkpoint["assignment"]), images.shape[1]
+    attention, _, coarse, _, pseudo, student = stages(network, checkpoint, images, par)
+    rows = []
+    for i in range(len(images)):
+        row = [images[i], grey(attention[i], size), *(colours[assignment[m[i]]] for m in (coarse, pseudo, student))]
+        rows.append(row + ([colours[labels[i]]] if labels is not None else []))
+    titles = ["image", "attention", "CAM", "fused + PAR" if par else "fused", "prediction", "truth"][:len(rows[0])]
+    page(rows, titles, checkpoint["names"], colours).save(file)
+
+
+def curves(log, file):
+    """Write the losses and scores of log.jsonl by epoch as a picture with two plots."""
+    epochs = {}
+    for line in Path(log).read_text().splitlines():
+        record = json.loads(line)
+        epochs.setdefault(record["epoch"], []).append(record)
+    mean = lambda key: [(e, float(np.mean([r[key] for r in rs if key in r]))) for e, rs in sorted(epochs.items())
+                        if any(key in r for r in rs)]
+    plots = [("losses (mean of an epoch)", {k: mean(k) for k in ("seg", "ce", "un", "cls", "all")}),
+             ("percent, on val", {k: mean(k) for k in ("miou", "accuracy")})]
+    colours, sheet = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#222222"), Image.new("RGB", (900, 340), "white")
+    pen = ImageDraw.Draw(sheet)
+    for p, (title, lines) in enumerate(plots):
+        left, top, width, height = 50 + 450 * p, 40, 380, 250
+        values = [v for line in lines.values() for _, v in line] or [0.0]
+        low, high = min(0.0, *values), max(values) * 1.05 + 1e-9
+        last = max(max(epochs, default=1), 1)
+        at = lambda e, v: (left + width * e / last, top + height * (1 - (v - low) / (high - low)))
+        pen.rectangle([left, top, left + width, top + height], outline="#bbbbbb")
+        pen.text((left, 8), title, "black")
+        for mark in np.linspace(low, high, 5):
+            pen.text((left - 42, at(0, mark)[1] - 6), f"{mark:.1f}", "#666666")
+            pen.line([at(0, mark), at(last, mark)], fill="#eeeeee")
+        pen.text((left, top + height + 6), "epoch 0", "#666666")
+        pen.text((left + width - 20, top + height + 6), str(last), "#666666")
+        for i, (name, line) in enumerate(lines.items()):
+            points = [at(*point) for point in line]
+            if len(points) > 1:
+                pen.line(points, fill=colours[i], width=2)
+            for x, y in points:
+                pen.ellipse([x - 2, y - 2, x + 2, y + 2], fill=colours[i])
+            pen.text((left + 60 * i + 70, top + height + 22), name, colours[i])
+    sheet.save(file)
+
+
+# ----------------------------------------------------------------------------
+# The program
+
+
+def report(result, names):
+    """Print the table of classes and the scores."""
+    cluster_of = {int(c): k for k, c in enumerate(result["assignment"])}
+    print("class                 cluster     IoU")
+    for i, name in enumerate(names):
+        iou = "absent" if np.isnan(result["iou"][i]) else f"{result['iou'][i]:6.2f}"
+        print(f"{name:20}  {cluster_of[i]:7}  {iou}")
+    print(f"mIoU {result['miou']:.2f}  accuracy {result['accuracy']:.2f}  clusters in use {result['clusters']} of {len(names)}")
+
+
+def predict(network, checkpoint, args):
+    """--predict: for each image a palette PNG of class indices at its own size, an overlay, and one legend."""
+    colours, assignment = data.palette(), np.array(checkpoint["assignment"])
+    found, out = data.Folder(args.predict), Path(args.out)
+    for i in range(len(found)):
+        image = found.image(i)
+        mask = assignment[segment_image(network, image, checkpoint["rates"], checkpoint["args"]["size"], args.native, args.refine)]
+        target = out / found.ids[i]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        picture = Image.fromarray(mask.astype(np.uint8))
+        picture.putpalette(colours.flatten().tolist())
+        picture.save(f"{target}.png")
+        Image.fromarray((0.5 * image + 0.5 * colours[mask]).astype(np.uint8)).save(f"{target}_overlay.png")
+    page([], ["legend"] * 6, checkpoint["names"], colours).save(out / "legend.png")
+    print(f"wrote {len(found)} masks, {len(found)} overlays and legend.png to {out}/")
+
+
+def compare(network, checkpoint, args):
+    """--compare: the same images by several checkpoints side by side (Figs. 3 and 4)."""
+    colours, columns = data.palette(), [(network, checkpoint)]
+    for file in args.compare:
+        other = load_checkpoint(file)
+        columns.append((restore(other), other))
+    if args.predict:
+        source, truth = data.Folder(args.predict), False
+    else:
+        source, truth = open_split(checkpoint, args), checkpoint["args"]["data"] != "folder"
+    rows = []
+    for i in range(min(len(source), args.limit or 6)):
+        image = source.image(i)
+        row = [data.squash(image, 160)]
+        for net, c in columns:
+            mask = segment_image(net, image, c["rates"], c["args"]["size"], args.native, args.refine)
+            row.append(colours[np.array(c["assignment"])[data.squash(mask, 160, "nearest")]])
+        rows.append(row + ([colours[data.squash(source.label(i), 160, "nearest")]] if truth else []))
+    titles = ["image", *(Path(f).parent.name for f in [args.checkpoint, *args.compare])] + (["truth"] if truth else [])
+    page(rows, titles, checkpoint["names"], colours).save(args.picture)
+    print(f"wrote {args.picture}: {len(rows)} images, {len(columns)} checkpoints")
+
+
+def explain(network, checkpoint, args):
+    """--explain: every stage of Fig. 2 for one photograph; the maps of the five clusters that CAM finds largest."""
+    colours, assignment = data.palette(), np.array(checkpoint["assignment"])
+    image = data.squash(data.open_image(args.explain, upright=True), checkpoint["args"]["size"])
+    attention, maps, coarse, teacher, pseudo, student = stages(network, checkpoint, image[None], checkpoint_par(checkpoint))
+    size, first = image.shape[0], int(checkpoint["background"])
+    found = np.bincount(coarse.flatten(), minlength=first + maps.shape[1])[first:].argsort()[::-1][:5]
+    top = [image, grey(attention[0], size), *(grey(maps[0, k] / maps.max(), size) for k in found)]
+    blank = np.full_like(image, 255)
+    low = [colours[assignment[m[0]]] for m in (coarse, teacher, pseudo, student)]
+    titles = ["image", "attention"] + [f"CAM: {checkpoint['names'][assignment[k + first]]}" for k in found]
+    titles += [""] * (4 - len(titles))
+    sheet = page([top + [blank] * (len(titles) - len(top)), low + [blank] * (len(titles) - 4)], titles, checkpoint["names"], colours)
+    ImageDraw.Draw(sheet).text((6, 24 + 160 - 2), "below: CAM label | teacher | pseudo label (fused, PAR) | student", "black")
+    sheet.save(args.picture)
+    print(f"wrote {args.picture}: every stage of Fig. 2 for {args.explain}")
+
+
+def checkpoint_par(checkpoint):
+    """The PAR that a checkpoint was trained with, or None."""
+    return PAR(tuple(checkpoint["args"]["par"])) if checkpoint["args"]["par"] else None
+
+
+def open_split(checkpoint, args):
+    """The validation split that --data and --root name; the checkpoint's own by default."""
+    trained = checkpoint["args"]
+    source = data.dataset(args.data or trained["data"], args.root or trained["root"], "val", trained["classes"], trained["seed"])
+    if args.limit:
+        source.limit(args.limit)
+    if len(source.names) != len(checkpoint["names"]):
+        raise CheckpointError(f"{args.checkpoint}: has {len(checkpoint['names'])} classes, the data set {len(source.names)}")
+    return source
+
+
+def parse(argv=None):
+    p = argparse.ArgumentParser(description="Score, predict with, explain or compare checkpoints.", epilog=__doc__.split("\n\n")[1],
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("checkpoint", help="last.pt or best.pt of a run")
+    p.add_argument("--data", choices=data.NAMES, help="data set to score on (default: the one trained on)")
+    p.add_argument("--root", help="its folder (default: the one trained with)")
+    p.add_argument("--limit", type=int, metavar="N", help="the first N images (default: all; 6 for --compare)")
+    p.add_argument("--native", action="store_true", help="the images' own size instead of squares (labels too)")
+    p.add_argument("--par", action="store_true", help="refine the prediction with PAR, dilations 1, 2, 4, 8")
+    p.add_argument("--predict", metavar="PATH", help="segment this image or folder")
+    p.add_argument("--out", default="masks", metavar="DIR", help="folder for --predict (default: masks)")
+    p.add_argument("--explain", metavar="PHOTO", help="draw every stage of Fig. 2 for it")
+    p.add_argument("--compare", nargs="+", metavar="CHECKPOINT", help="other checkpoints to put beside this one")
+    p.add_argument("--picture", metavar="PNG", help="file of --explain and --compare (default: explain.png, compare.png)")
+    args = p.parse_args(argv)
+    args.picture = args.picture or ("explain.png" if args.explain else "compare.png")
+    args.refine = PAR((1, 2, 4, 8)) if args.par else None
+    return args
+
+
+def main():
+    args = parse()
+    try:
+        checkpoint = load_checkpoint(args.checkpoint)
+        network = restore(checkpoint)
+        if args.compare:
+            compare(network, checkpoint, args)
+        elif args.explain:
+            explain(network, checkpoint, args)
+        elif args.predict:
+            predict(network, checkpoint, args)
+        elif (args.data or checkpoint["args"]["data"]) == "folder":
+            raise CheckpointError(f"{args.checkpoint}: trained on a folder without labels: nothing to score; use --predict")
+        else:
+            source, size = open_split(checkpoint, args), checkpoint["args"]["size"]
+            total = torch.zeros(len(source.names), len(source.names), dtype=torch.int64)
+            for i in range(len(source)):
+                image, label = source.image(i), source.label(i)
+                if not args.native:
+                    image, label = data.squash(image, size), data.squash(label, size, "nearest")
+                mask = segment_image(network, image, checkpoint["rates"], size, args.native, args.refine)
+                total += confusion_matrix(label, mask, len(source.names))
+            report(scores(total), source.names)
+            print(f"epoch {checkpoint['epoch']}, rates {checkpoint['rates']}, {len(source)} images at "
+                  f"{'their own size' if args.native else f'{size} x {size}'}")
+    except (data.DataError, CheckpointError, OSError) as error:
+        sys.exit(print(f"eval.py: {error}", file=sys.stderr) or 2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""The four losses of DMSA, their sum (Eq. 6) and the fusion of CAM and teacher (Fig. 2).
+
+    L_all = lambda_1 L_seg + lambda_2 L_CE + lambda_3 L_un + lambda_4 L_cls
+
+Plain functions of logits (B, N, H, W), labels (B, H, W) and class embeddings (B, N, D). N counts every class, the
+background included where there is one (channel 0). Needs torch only: copy this file anywhere.
+
+A batch may be spread over processes and micro-batches. Every mean is therefore a sum over a `count` that the
+caller may give: with the counts of the whole batch (`pixel_counts`, summed over its parts), the parts' losses
+and gradients add up to those of the batch in one piece.
+
+    python losses.py      # the four losses on three cases that can be checked by hand
+"""
+
+import torch
+import torch.nn.functional as F
+
+THRESHOLD = 0.1                                           # of the background channel, TransFGU's
+# alpha(t) of L_CE, t epochs after the teacher began or was last replaced (TransFGU); 0.1 from then on
+ALPHA = (0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.09, 0.1)
+
+
+def permutation_weight(t):
+    """alpha(t): weight of the permuted cross-entropy, `t` >= 0 epochs after the teacher began."""
+    return ALPHA[min(t, len(ALPHA) - 1)]
+
+
+# ----------------------------------------------------------------------------
+# Pseudo label: CAM and teacher, fused (Fig. 2)
+
+
+def cam_probabilities(cam, background=True, threshold=THRESHOLD):
+    """Class activation maps on one scale, with a background channel (TransFGU).
+
+    cam         (B, K, h, w)  any scale
+    background  put a channel relu(threshold - max_k) first: it wins where all maps are below threshold / 2
+    returns     (B, K + 1, h, w) or, without background, (B, K, h, w); in [0, 1], not summing to 1
+
+    Minimum and maximum are taken per image over all K maps. Constant maps become 0, not NaN.
+    """
+    low, high = cam.amin((1, 2, 3), keepdim=True), cam.amax((1, 2, 3), keepdim=True)
+    scaled = (cam - low) / (high - low).clamp(min=1e-12)
+    if not background:
+        return scaled
+    return torch.cat([F.relu(threshold - scaled.amax(1, keepdim=True)), scaled], dim=1)
+
+
+def fuse(cam_probabilities, teacher_logits, teacher_weight):
+    """Fig. 2: (1 - teacher_weight) * CAM + teacher_weight * softmax(teacher); all (B, N, h, w).
+
+    teacher_weight   0.7 for things, 0.5 where there is stuff (decision 11)
+    """
+    return (1 - teacher_weight) * cam_probabilities + teacher_weight * teacher_logits.softmax(1)
+
+
+def pseudo_label(cam, teacher_logits, refine, teacher_weight, background=True, threshold=THRESHOLD):
+    """The upper half of Fig. 2: CAM, fused with the teacher, refined -> the label that the student learns.
+
+    cam             (B, K, h, w)
+    teacher_logits  (B, N, h, w), or None before the teacher starts: CAM alone
+    refine          from (B, N, h, w) to (B, N, H, W), the size of the losses: PAR with the image, or an upsampling
+    returns         label (B, H, W) int64; foreground (B, H, W) bool, the pixels of L_un: those whose CAM exceeds
+                    the threshold in any class, or all where there is no background; refined (B, N, H, W)
+    """
+    probabilities = cam_probabilities(cam, background, threshold)                 # (B, N, h, w)
+    if background:
+        foreground = probabilities[:, 1:].amax(1, keepdim=True) > threshold       # (B, 1, h, w)
+    else:
+        foreground = torch.ones_like(probabilities[:, :1], dtype=torch.bool)
+    if teacher_logits is not None:
+        probabilities = fuse(probabilities, teacher_logits, teacher_weight)
+    refined = refine(probabilities)                                               # (B, N, H, W)
+    foreground = F.interpolate(foreground.float(), size=refined.shape[2:])[:, 0].bool()
+    return refined.argmax(1), foreground, refined
+
+
+# ----------------------------------------------------------------------------
+# The four losses of Eq. 6
+
+
+def cross_entropy_loss(logits, label, permutation=None, alpha=0.0, count=None):
+    """L_CE of Eq. 6: CE(logits, label) - alpha * CE(logits, permutation[label]), mean over pixels (TransFGU).
+
+    logits       (B, N, H, W)
+    label        (B, H, W)     int64 in 0..N-1
+    permutation  (N,)          int64, the wrong class to be pushed away from; None without a teacher
+    alpha        weight of the second term (`permutation_weight`)
+    count        pixels to divide by; default B * H * W
+    returns      ()            negative where the wrong class is far less likely than the label
+    """
+    log_p = logits.log_softmax(1)                         # shared by both terms
+    loss = F.nll_loss(log_p, label, reduction="sum")
+    if permutation is not None:
+        loss = loss - alpha * F.nll_loss(log_p, permutation[label], reduction="sum")
+    return loss / (label.numel() if count is None else count)
+
+
+def segmentation_loss(logits, label, foreground=None, counts=None, ignore=255):
+    """L_seg of Eq. 6: (mean CE over background pixels + mean CE over foreground pixels) / 2 (AFA get_seg_loss).
+
+    logits      (B, N, H, W)
+    label       (B, H, W)     int64 in 0..N-1; pixels of value `ignore` do not count
+    foreground  (B, H, W)     bool, the second half; default label != 0. Thing pixels where there is stuff
+    counts      (background, foreground) pixels to divide by; default those of `label`
+    returns     ()            an empty half counts 0 (AFA's is NaN)
+    """
+    foreground = label != 0 if foreground is None else foreground
+    valid = label != ignore
+    ce = F.cross_entropy(logits, label, ignore_index=ignore, reduction="none")    # (B, H, W), 0 where ignored
+    halves = (valid & ~foreground, valid & foreground)
+    if counts is None:
+        counts = [half.sum() for half in halves]
+    return sum((ce * half).sum() / max(float(n), 1.0) for half, n in zip(halves, counts)) / 2
+
+
+def uncertainty_loss(logits, foreground, count=None):
+    """L_un of Eq. 6: 1 - (p_1 - p_2), the gap of the two best classes, mean over foreground pixels (TransFGU).
+
+    logits      (B, K, H, W)  of the classes that compete, K >= 2: without the background channel
+    foreground  (B, H, W)     bool, pixels that count
+    count       pixels to divide by; default those of `foreground`
+    returns     ()            in [0, 1]; 0, not NaN, without foreground
+    """
+    p1, p2 = logits.softmax(1).topk(2, dim=1).values.unbind(1)                    # (B, H, W) each
+    doubt = (1 - (p1 - p2)) * foreground
+    return doubt.sum() / max(float(foreground.sum() if count is None else count), 1.0)
+
+
+def class_loss(class_embeddings, count=None):
+    """L_cls of Eq. 6: mean over pairs i < j of 1 + cos(c_i, c_j), and over images (TransFGU).
+
+    class_embeddings  (B, N, D)  of the decoder, any length; N >= 2
+    count             images to divide by; default B
+    returns           ()         in [0, 2]; 2 when all classes are the same: collapse
+    """
+    B, N, _ = class_embeddings.shape
+    c = F.normalize(class_embeddings, dim=2)
+    cosine = c @ c.transpose(1, 2)                                                # (B, N, N)
+    i, j = torch.triu_indices(N, N, offset=1, device=c.device)
+    return (1 + cosine[:, i, j]).mean(1).sum() / (B if count is None else count)
+
+
+def pixel_counts(label, foreground, thing):
+    """What the means of Eq. 6 divide by: (4,) of images, first and second half of L_seg, pixels of L_un.
+
+    label (B, H, W) int64; foreground (B, H, W) bool of L_un; thing (N,) bool, the classes of the second half.
+    Add them up over the parts of a batch.
+    """
+    second = thing[label].sum()
+    return torch.stack([second.new_tensor(len(label)), label.numel() - second, second, foreground.sum()])
+
+
+def dmsa_losses(logits, class_embeddings, label, foreground, counts, thing, lambdas, background=True,
+                permutation=None, alpha=0.0):
+    """Eq. 6 for one part of a batch. Returns {"seg", "ce", "un", "cls", "all"}, each ().
+
+    logits (B, N, H, W), class_embeddings (B, N, D), label (B, H, W), foreground (B, H, W) as above; counts (4,)
+    of the whole batch; lambdas (lambda_1 .. lambda_4). `background`: channel 0 is background and has no part
+    in L_un.
+    """
+    images, first, second, doubtful = counts.tolist()
+    loss = {
+        "seg": segmentation_loss(logits, label, thing[label], (first, second)),
+        "ce": cross_entropy_loss(logits, label, permutation, alpha, first + second),
+        "un": uncertainty_loss(logits[:, 1:] if background else logits, foreground, doubtful),
+        "cls": class_loss(class_embeddings, images),
+    }
+    loss["all"] = sum(weight * value for weight, value in zip(lambdas, loss.values()))
+    return loss
+
+
+# ----------------------------------------------------------------------------
+# The concept in one table
+
+
+def main():
+    """Print the four losses of one 1 x 2 image (a background pixel, a pixel of class 1) and three classes."""
+    label = torch.tensor([[[0, 1]]])
+    cases = {
+        "undecided (all logits 0)": torch.zeros(3, 2),
+        "right (log 8 at the label)": torch.tensor([[8.0, 1], [1, 8], [1, 1]]).log(),
+        "wrong (log 8 at class 2)": torch.tensor([[1.0, 1], [1, 1], [8, 8]]).log(),
+    }
+    embeddings = {"orthogonal": torch.eye(3)[None], "collapsed": torch.ones(1, 3, 3)}
+    print("logits                        seg     CE      CE - 0.1 CE(permuted)   un")
+    for name, logits in cases.items():
+        logits = logits.view(1, 3, 1, 2)
+        values = [segmentation_loss(logits, label), cross_entropy_loss(logits, label),
+                  cross_entropy_loss(logits, label, torch.tensor([1, 2, 0]), 0.1),
+                  uncertainty_loss(logits[:, 1:], label > 0)]
+        print(f"{name:28}  {values[0]:.4f}  {values[1]:.4f}  {values[2]:.4f}                  {values[3]:.4f}")
+    print("by hand: log 3 = 1.0986;  log 10 - log 8 = 0.2231, of the others log 10 = 2.3026;")
+    print("         un: 1 - (1/2 - 1/2) = 1,  1 - (8/9 - 1/9) = 0.2222, the same when wrong")
+    for name, c in embeddings.items():
+        print(f"class embeddings {name:10}  cls {class_loss(c):.4f}")
+
+
+if __name__ == "__main__":
+    main()

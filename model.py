@@ -1,0 +1,371 @@
+"""The network of DMSA: DINO's ViT (Eq. 2), ASPP behind its last attention (Fig. 1), Segmenter's decoder (Eq. 3).
+
+    image (B, 3, H, W) --frozen blocks, last attention--> patch tokens x, msa (B, hw, D)
+                       --head: x + msa + ASPP(msa), last MLP, norm, decoder--> logits (B, N, h, w)
+
+The ViT is frozen; a head (ASPP and decoder) is what trains. Student and teacher are two heads on the same
+features, the teacher the moving average of the student (Fig. 2).
+Needs torch and aspp.py: copy both anywhere.
+
+    python model.py       # parameters and FLOPs of every backbone
+"""
+
+import hashlib
+import math
+import os
+import sys
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.optim.swa_utils import AveragedModel
+
+from aspp import ASPP, DEEPLAB_RATES
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, what DINO was trained with
+
+DINO_URL = "https://dl.fbaipublicfiles.com/dino/"
+SMALL = dict(img_size=224, embed_dim=384, depth=12, num_heads=6)
+BASE = dict(img_size=224, embed_dim=768, depth=12, num_heads=12)
+BACKBONES = {                                             # name: (architecture, file shipped or fetched)
+    "tiny": (dict(img_size=96, patch_size=8, embed_dim=128, depth=5, num_heads=4), "assets/tiny.pt"),
+    "vits8": (dict(patch_size=8, **SMALL), "dino_deitsmall8_pretrain/dino_deitsmall8_pretrain.pth"),
+    "vits16": (dict(patch_size=16, **SMALL), "dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth"),
+    "vitb8": (dict(patch_size=8, **BASE), "dino_vitbase8_pretrain/dino_vitbase8_pretrain.pth"),
+    "vitb16": (dict(patch_size=16, **BASE), "dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth"),
+}
+
+
+class WeightsError(ValueError):
+    """A file of weights that cannot be used; the message is one line for people."""
+
+
+# ----------------------------------------------------------------------------
+# ViT with DINO's parameter names, so that its files load strictly and without a map
+
+
+class Attention(nn.Module):
+    """Eq. 2: softmax(Q K^T / sqrt(d_k)) V in every head, then the output projection."""
+
+    def __init__(self, dim, num_heads, qkv_bias=True, dropout=0.0):
+        super().__init__()
+        self.num_heads, self.dropout = num_heads, dropout
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def split(self, x):
+        """x (B, n, D) -> q, k, v, each (B, heads, n, d_k)."""
+        return self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+    def forward(self, x):
+        """x (B, n, D) -> (B, n, D). The fused kernel never forms the n x n attention map."""
+        q, k, v = self.split(x)
+        x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        return F.dropout(self.proj(x.transpose(1, 2).flatten(2)), self.dropout, self.training)
+
+    def cls_row(self, x):
+        """What the CLS token attends to: softmax(q_cls K^T / sqrt(d_k)), x (B, n, D) -> (B, heads, n)."""
+        q, k, _ = self.split(x)
+        return (q[:, :, :1] @ k.transpose(2, 3) / math.sqrt(k.shape[3])).softmax(3).squeeze(2)
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim, hidden, dropout=0.0):
+        super().__init__()
+        self.fc1, self.fc2, self.drop = nn.Linear(dim, hidden), nn.Linear(hidden, dim), nn.Dropout(dropout)
+
+    def forward(self, x):
+        return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: x + attention, x + MLP."""
+
+    def __init__(self, dim, num_heads, qkv_bias=True, eps=1e-6, dropout=0.0):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=eps)
+        self.attn = Attention(dim, num_heads, qkv_bias, dropout)
+        self.norm2 = nn.LayerNorm(dim, eps=eps)
+        self.mlp = Mlp(dim, 4 * dim, dropout)
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class PatchEmbed(nn.Module):
+    """One linear map of every patch. Pixels beyond the last whole patch are dropped."""
+
+    def __init__(self, patch_size, dim):
+        super().__init__()
+        self.proj = nn.Conv2d(3, dim, patch_size, patch_size)
+
+    def forward(self, image):
+        return self.proj(image)                                                   # (B, D, h, w)
+
+
+class VisionTransformer(nn.Module):
+    """DINO's ViT: learned CLS token and position table, pre-norm blocks, final norm.
+
+    img_size     side in pixels that the position table was learned for; other sizes interpolate it
+    patch_size, embed_dim, depth, num_heads     as in DINO: ViT-S is 384 / 12 / 6, ViT-B 768 / 12 / 12
+    """
+
+    def __init__(self, img_size=224, patch_size=16, embed_dim=384, depth=12, num_heads=6):
+        super().__init__()
+        self.patch_size, self.embed_dim, self.side = patch_size, embed_dim, img_size // patch_size
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.side ** 2, embed_dim))
+        self.patch_embed = PatchEmbed(patch_size, embed_dim)
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        initialize(self)
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+
+    def grid(self, image):
+        """Rows and columns of patches in an image (B, 3, H, W)."""
+        return image.shape[2] // self.patch_size, image.shape[3] // self.patch_size
+
+    def position_table(self, image):
+        """The position table for this image's size: (1, 1 + hw, D).
+
+        Bicubic, with DINO's own scale factor (h + 0.1) / side: sampling at exactly h / side gives other
+        tokens. Used as it is only for a square image of as many patches as it was learned for.
+        """
+        h, w = self.grid(image)
+        if h * w == self.side ** 2 and image.shape[2] == image.shape[3]:
+            return self.pos_embed
+        table = self.pos_embed[:, 1:].unflatten(1, (self.side, self.side)).permute(0, 3, 1, 2)
+        scale = ((h + 0.1) / self.side, (w + 0.1) / self.side)
+        table = F.interpolate(table, scale_factor=scale, mode="bicubic", align_corners=False)
+        return torch.cat([self.pos_embed[:, :1], table.flatten(2).transpose(1, 2)], dim=1)
+
+    def prepare_tokens(self, image):
+        """Normalised image (B, 3, H, W) -> CLS and patch tokens with positions (B, 1 + hw, D)."""
+        patches = self.patch_embed(image).flatten(2).transpose(1, 2)              # (B, hw, D)
+        return torch.cat([self.cls_token.expand(len(image), -1, -1), patches], dim=1) + self.position_table(image)
+
+    def trunk(self, image):
+        """All blocks but the last: (B, 3, H, W) -> (B, 1 + hw, D)."""
+        x = self.prepare_tokens(image)
+        for block in self.blocks[:-1]:
+            x = block(x)
+        return x
+
+    def forward(self, image):
+        """Normalised image (B, 3, H, W), any size from one patch up.
+
+        Returns the tokens after the last norm (B, 1 + hw, D), CLS first, and the CLS row of the last
+        attention (B, heads, 1 + hw), which sums to 1.
+        """
+        x, last = self.trunk(image), self.blocks[-1]
+        return self.norm(last(x)), last.attn.cls_row(last.norm1(x))
+
+
+def initialize(module):
+    """Normal of standard deviation 0.02, cut at two, for every linear layer; zero biases (as DINO, Segmenter)."""
+    for m in module.modules():
+        if isinstance(m, nn.Linear):
+            nn.init.trunc_normal_(m.weight, std=0.02)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
+
+
+def load_dino(vit, file):
+    """Load DINO weights strictly into `vit`; returns the file's SHA-256.
+
+    file     a state dict with DINO's names, in any float type, or DINO's full checkpoint, of which the teacher
+             is taken and its projection head left out
+    raises   WeightsError naming the file and what does not fit
+    """
+    try:
+        with open(file, "rb") as f:
+            digest = hashlib.sha256(f.read()).hexdigest()
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise WeightsError(f"{file}: cannot read these weights ({error.strerror})") from None
+    except Exception as error:                            # torch raises many kinds on a file that is not its own
+        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+        raise WeightsError(f"{file}: not a file of plain tensors, or damaged: {reason}") from None
+    if isinstance(state, dict) and "teacher" in state:
+        state = {k.removeprefix("module.").removeprefix("backbone."): v for k, v in state["teacher"].items()
+                 if ".head." not in f".{k}"}
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise WeightsError(f"{file}: holds no state dict of tensors in DINO's format")
+    wanted = vit.state_dict()
+    missing, extra = [sorted(a - b) for a, b in ((wanted.keys(), state.keys()), (state.keys(), wanted.keys()))]
+    if missing or extra:
+        raise WeightsError(f"{file}: does not fit this backbone: {len(missing)} tensors missing "
+                           f"{missing[:2]}, {len(extra)} unknown {extra[:2]}; choose --backbone to fit the file")
+    for name, value in wanted.items():
+        if value.shape != state[name].shape:
+            raise WeightsError(f"{file}: {name} is {tuple(state[name].shape)}, this backbone has "
+                               f"{tuple(value.shape)} (patch size or width differ); choose --backbone to fit the file")
+    vit.load_state_dict({k: v.float() for k, v in state.items()}, strict=True)
+    return digest
+
+
+def backbone(name, file=None):
+    """A pretrained ViT by name: `tiny` from assets/, the others fetched once into torch.hub's cache.
+
+    file     weights to load instead. Returns (vit, file, sha256). Raises WeightsError.
+
+    DINO publishes no checksums, so the SHA-256 of what was loaded is returned to be shown, the file is read
+    with weights_only=True and must fit the architecture tensor by tensor.
+    """
+    architecture, source = BACKBONES[name]
+    if file is None and name == "tiny":
+        file = os.path.join(os.path.dirname(os.path.abspath(__file__)), source)
+    elif file is None:
+        folder = os.path.join(torch.hub.get_dir(), "checkpoints")
+        file = os.path.join(folder, os.path.basename(source))
+        if not os.path.exists(file):
+            try:
+                os.makedirs(folder, exist_ok=True)
+                torch.hub.download_url_to_file(DINO_URL + source, file, progress=sys.stderr.isatty())
+            except OSError as error:
+                raise WeightsError(f"{name}: no weights in {file}, and {DINO_URL + source} cannot be fetched "
+                                   f"({error}); fetch it elsewhere and give it with --weights FILE") from None
+    vit = VisionTransformer(**architecture)
+    return vit, file, load_dino(vit, file)
+
+
+# ----------------------------------------------------------------------------
+# Segmenter's decoder (Eq. 3)
+
+
+class MaskTransformer(nn.Module):
+    """Patch tokens and class embeddings through a small transformer; their products are the masks (Eq. 3).
+
+    dim        width of the encoder's tokens, D
+    n_classes  N
+    width      width inside, default dim; heads: default one per 64 channels; depth: transformer blocks
+    dropout    none by default (decision 22); the peers have 0.1
+    """
+
+    def __init__(self, dim, n_classes, width=None, depth=2, heads=None, dropout=0.0):
+        super().__init__()
+        width = width or dim
+        self.n_classes = n_classes
+        self.proj_dec = nn.Linear(dim, width)
+        self.cls_emb = nn.Parameter(torch.zeros(1, n_classes, width))
+        # no bias in qkv, and LayerNorm's usual eps, as in TransFGU's copy of Segmenter
+        self.blocks = nn.ModuleList(Block(width, heads or max(1, width // 64), qkv_bias=False, eps=1e-5, dropout=dropout)
+                                    for _ in range(depth))
+        self.decoder_norm = nn.LayerNorm(width)
+        self.proj_patch = nn.Parameter(torch.randn(width, width) * width ** -0.5)
+        self.proj_classes = nn.Parameter(torch.randn(width, width) * width ** -0.5)
+        self.mask_norm = nn.LayerNorm(n_classes)
+        initialize(self)
+        nn.init.trunc_normal_(self.cls_emb, std=0.02)
+
+    def forward(self, patch_tokens):
+        """patch_tokens (B, hw, D) -> logits (B, N, hw), class embeddings (B, N, width) of unit length.
+
+        Eq. 3 divides z c^T by sqrt(D); Segmenter's code, followed here, makes both vectors unit length and
+        puts a LayerNorm over the classes instead (decision 7). softmax(logits, dim=1) are Eq. 3's masks.
+        """
+        x = self.proj_dec(patch_tokens)                                           # (B, hw, width)
+        x = torch.cat([x, self.cls_emb.expand(len(x), -1, -1)], dim=1)            # (B, hw + N, width)
+        for block in self.blocks:
+            x = block(x)
+        x = self.decoder_norm(x)
+        z, c = x[:, :-self.n_classes], x[:, -self.n_classes:]
+        z = F.normalize(z @ self.proj_patch, dim=2)                               # (B, hw, width)
+        c = F.normalize(c @ self.proj_classes, dim=2)                             # (B, N, width)
+        return self.mask_norm(z @ c.transpose(1, 2)).transpose(1, 2), c           # (B, N, hw), (B, N, width)
+
+
+# ----------------------------------------------------------------------------
+# The whole network
+
+
+class Head(nn.Module):
+    """What trains: ASPP (unless `use_aspp` is False) and decoder. Student and teacher are two of these."""
+
+    def __init__(self, dim, n_classes, use_aspp=True, dropout=0.0):
+        super().__init__()
+        self.aspp = ASPP(dim, min(256, dim)) if use_aspp else None
+        self.decoder = MaskTransformer(dim, n_classes, dropout=dropout)
+
+    def forward(self, features, rates, last_block, norm):
+        """features (x, msa) of `DMSA.features` -> logits (B, N, h, w), class embeddings (B, N, D)."""
+        x, msa = features                                                         # (B, D, h, w) each
+        x = x + msa
+        if self.aspp is not None:
+            x = x + self.aspp(msa, rates)                                         # Fig. 1; decision 1
+        grid = x.shape[2:]
+        x = x.flatten(2).transpose(1, 2)                                          # (B, hw, D)
+        x = norm(x + last_block.mlp(last_block.norm2(x)))
+        logits, class_embeddings = self.decoder(x)
+        return logits.unflatten(2, grid), class_embeddings
+
+
+class DMSA(nn.Module):
+    """Frozen ViT with a student and a teacher head.
+
+    vit        pretrained VisionTransformer; frozen here
+    n_classes  N, background included
+    momentum   of the teacher's moving average
+    """
+
+    def __init__(self, vit, n_classes, use_aspp=True, dropout=0.0, momentum=0.99):
+        super().__init__()
+        self.vit = vit.requires_grad_(False).eval()
+        self.student = Head(vit.embed_dim, n_classes, use_aspp, dropout)
+        self.momentum = momentum
+        # Mean Teacher's average, the paper's [14]: momentum min(1 - 1 / (t + 1), m) after t updates (decision 17)
+        self.teacher = AveragedModel(self.student, multi_avg_fn=self._average).requires_grad_(False).eval()
+
+    def _average(self, teacher, student, t):
+        torch._foreach_lerp_(teacher, student, 1 - min(1 - 1 / (float(t) + 1), self.momentum))
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.vit.eval()
+        self.teacher.eval()
+        return self
+
+    @torch.no_grad()
+    def features(self, image):
+        """Normalised image (B, 3, H, W) -> x, msa (B, D, h, w): patch tokens before the last block and what
+        its attention adds to them. Frozen, so student and teacher share one pass (decision 19)."""
+        last, grid = self.vit.blocks[-1], self.vit.grid(image)
+        x = self.vit.trunk(image)                                                 # (B, 1 + hw, D)
+        msa = last.attn(last.norm1(x))                                            # Eq. 2
+        return tuple(t[:, 1:].transpose(1, 2).unflatten(2, grid) for t in (x, msa))   # CLS passes by
+
+    def decode(self, head, features, rates=DEEPLAB_RATES):
+        """`head` (self.student or self.teacher) on `features` -> logits (B, N, h, w), class embeddings."""
+        return head(features, rates, self.vit.blocks[-1], self.vit.norm)
+
+    def forward(self, image, rates=DEEPLAB_RATES):
+        """The student's logits (B, N, h, w) for a normalised image (B, 3, H, W)."""
+        return self.decode(self.student, self.features(image), rates)[0]
+
+
+# ----------------------------------------------------------------------------
+# The concept in one table
+
+
+def main():
+    """Print parameters and forward FLOPs of the network on every backbone, at the training crop 160 x 160."""
+    print("backbone   frozen ViT   ASPP      decoder   GFLOP per 160 x 160 crop: ViT + ASPP + decoder   patches")
+    for name, (architecture, _) in BACKBONES.items():
+        with torch.device("meta"):
+            network = DMSA(VisionTransformer(**architecture), 21)
+        D, p, depth = network.vit.embed_dim, network.vit.patch_size, len(network.vit.blocks)
+        size = [sum(t.numel() for t in part.parameters()) / 1e6
+                for part in (network.vit, network.student.aspp, network.student.decoder)]
+        n, width = (160 // p) ** 2, min(256, D)
+        block = lambda n: 2 * n * 12 * D * D + 4 * n * n * D                      # multiply and add count as 2
+        vit = depth * block(n + 1) + 2 * n * 3 * p * p * D
+        aspp = 2 * n * (D * width + 3 * (9 * D + D * width) + 5 * width * D)
+        decoder = 2 * block(n + 21) + 2 * n * 2 * D * D
+        print(f"{name:9}  {size[0]:8.2f} M   {size[1]:5.2f} M   {size[2]:5.2f} M   "
+              f"{vit / 1e9:24.2f} + {aspp / 1e9:.2f} + {decoder / 1e9:.2f}{' ' * 18}{160 // p} x {160 // p}")
+
+
+if __name__ == "__main__":
+    main()

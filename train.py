@@ -1,0 +1,621 @@
+"""Train DMSA (Fig. 2): CAM pseudo labels once, then student and EMA teacher with ASPP, PAR and four losses.
+
+    python train.py                                                # `shapes`, on a CPU, nothing to download
+    python train.py --data voc                                     # one GPU, or the CPU
+    torchrun --nproc_per_node=6 train.py --data voc                # six GPUs, the paper's setting
+    python train.py --data folder --root photos --classes 10       # images of one's own, no labels
+
+The same command again goes on where the run stopped, bit for bit. --batch is the global batch: the result does
+not depend on the number of processes.
+"""
+
+import argparse
+import contextlib
+import copy
+import datetime
+import hashlib
+import json
+import math
+import os
+import resource
+import signal
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+import cam
+import data
+from aspp import DEEPLAB_RATES, dilation_rates
+from eval import (CheckpointError, GROUP, confusion_matrix, curves, evaluate, groups, load_checkpoint, normalise, panels,
+                  scores)
+from losses import ALPHA, cam_probabilities, dmsa_losses, permutation_weight, pixel_counts, pseudo_label
+from model import BACKBONES, DMSA, Head, WeightsError, backbone
+from par import PAR
+
+# ----------------------------------------------------------------------------
+# Settings by --data. The peers' where not said otherwise; README, "Where the paper is silent"
+
+COMMON = dict(
+    backbone="vits8", size=320, crop=160,                 # pixels: the squashed image, the crop that is trained on
+    scales=cam.THING_SCALES, bank=640, window=320,        # windows: shares of the image; pixels of it and of a crop
+    batch=512, epochs=50, repeat=1, lr=1e-4,              # repeat: passes over the images that make an epoch
+    lambdas=(0.1, 1.0, 0.3, 1.0),                         # of Eq. 6: seg, CE, un, cls (decision 16)
+    background=0.1, teacher_weight=0.7,                   # decisions 9 and 11
+    teacher_start=5, intervals=(5, 5, 5, 5, 4, 4, 4, 4, 4, 3),   # epochs of CAM alone; of --teacher reset, by decade
+    par=(1, 2, 4, 8), aspp="dynamic", teacher="ema", momentum=0.99, dropout=0.0, losses_at="crop")
+SETTINGS = {
+    "shapes": COMMON | dict(backbone="tiny", size=128, crop=96, bank=128, window=96, batch=32, epochs=10, lr=1e-3,
+                            background=0.3, lambdas=(0.3, 1.0, 0.3, 1.0), teacher_start=2, intervals=(2,)),
+    "voc": COMMON | dict(repeat=20, lambdas=(0.3, 1.0, 0.3, 1.0)),
+    "voc-aug": COMMON | dict(epochs=150, lr=1e-5),
+    "coco80": COMMON | dict(scales=cam.SCENE_SCALES, batch=256, epochs=200, teacher_start=3, intervals=(3, 3, 3, 2)),
+    "cocostuff27": COMMON | dict(scales=cam.SCENE_SCALES, batch=256, epochs=200, teacher_weight=0.5, teacher_start=2,
+                                 intervals=(2,)),
+    "folder": COMMON | dict(batch=64),
+}
+# Rows of the paper's tables that are not DMSA. In the released code ASPP never reaches the tokens and PAR is
+# commented out, so that it is TransFGU with L_seg and another fusion weight (README, "What the released code does").
+TRANSFGU = dict(aspp="none", par=(), teacher="reset", teacher_weight=0.5, dropout=0.1, losses_at="patches",
+                lambdas=(0.0, 1.0, 0.3, 1.0))
+ROWS = {"dmsa": {}, "transfgu": TRANSFGU, "released": TRANSFGU | dict(teacher_weight=0.7, lambdas=(0.3, 1.0, 0.3, 1.0))}
+
+BANK_IMAGES, BANK_WINDOWS = 10_000, 200_000               # k-means sees the windows of so many images at most
+MAY_DIFFER = {"out", "root", "workers", "device", "accumulate", "epochs", "dry_run"}   # between a run and its resumption
+
+
+class RunError(ValueError):
+    """Something a user can mend; the message is one line: what was wrong, where, what to do."""
+
+
+def parse(argv=None):
+    """Options -> one flat namespace of plain values, every setting filled in."""
+    p = argparse.ArgumentParser(description="Train DMSA.", epilog=__doc__.split("\n\n")[1],
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = p.add_argument
+    by_data = "(default: by --data)"
+    add("--data", choices=data.NAMES, default="shapes", help="data set (default: shapes)")
+    add("--root", default="data", metavar="DIR", help="folder of the data sets (default: data)")
+    add("--classes", type=int, default=20, metavar="K", help="clusters to look for, --data folder (default: 20)")
+    add("--backbone", choices=tuple(BACKBONES), help=f"pretrained ViT {by_data}")
+    add("--weights", metavar="FILE", help="DINO weights of that backbone (default: fetched once, tiny is shipped)")
+    add("--out", metavar="DIR", help="run folder (default: runs/<data>); caches go beside it, to runs/cache")
+    add("--preset", choices=tuple(ROWS), default="dmsa", help="a row of the paper's tables (default: dmsa)")
+    add("--epochs", type=int, metavar="N", help=f"passes over the data {by_data}")
+    add("--batch", type=int, metavar="IMAGES", help=f"global batch over all processes {by_data}")
+    add("--accumulate", type=int, default=1, metavar="N", help="parts that a process's batch is cut into; raise it if memory is short (default: 1)")
+    add("--lr", type=float, metavar="X", help=f"learning rate of Adam, constant {by_data}")
+    add("--size", type=int, metavar="PIXELS", help=f"side of the squashed image, crops are half of it; smaller is faster and worse {by_data}")
+    add("--limit", type=int, metavar="N", help="use the first N images of each split (default: all)")
+    add("--seed", type=int, default=0, help="of everything; for shapes also of the scenes (default: 0)")
+    add("--workers", type=int, default=4, metavar="N", help="threads that decode images (default: 4)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is one (default: auto)")
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on a GPU that has it; CAM, PAR and losses stay fp32 (default: auto)")
+    add("--dry-run", action="store_true", help="check options, data and weights, print the settings, and stop")
+    m = p.add_argument_group("modules of the paper")
+    m.add_argument("--no-aspp", dest="aspp", action="store_const", const="none", help="no ASPP")
+    m.add_argument("--static-aspp", dest="aspp", action="store_const", const="static", help="DeepLabV3+'s rates in every epoch")
+    m.add_argument("--no-par", dest="par", action="store_const", const=(), help="pseudo labels are only upsampled")
+    m.add_argument("--par-dilations", dest="par", type=int, nargs="+", metavar="PIXELS", help="of PAR (default: 1 2 4 8; AFA's are 1 2 4 8 12 24)")
+    m.add_argument("--no-seg-loss", action="store_true", help="lambda_1 = 0")
+    m.add_argument("--teacher", choices=("ema", "reset", "none"), help="moving average; TransFGU's copy and reset; CAM alone (default: ema)")
+    m.add_argument("--no-teacher", dest="teacher", action="store_const", const="none", help="the same as --teacher none")
+    m.add_argument("--teacher-weight", type=float, metavar="X", help="share of the teacher in the pseudo label, 0 to 1 (default: 0.7, with stuff 0.5)")
+    m.add_argument("--momentum", type=float, metavar="M", help="of the moving average, 0 to 1 (default: 0.99)")
+    m.add_argument("--background", type=float, metavar="T", help="CAM below half of it is background, 0 to 1 (default: 0.1, TransFGU's; shapes 0.3)")
+    m.add_argument("--lambdas", type=float, nargs=4, metavar=("SEG", "CE", "UN", "CLS"), help=f"weights of Eq. 6 {by_data}")
+    m.add_argument("--dropout", type=float, metavar="P", help="in the decoder; then results depend on the number of processes (default: 0)")
+    args = p.parse_args(argv)
+    for name, value in (SETTINGS[args.data] | ROWS[args.preset]).items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
+    if args.size != SETTINGS[args.data]["size"]:
+        args.crop, args.bank, args.window = args.size // 2, 2 * args.size, args.size
+    if args.no_seg_loss:
+        args.lambdas = (0.0, *args.lambdas[1:])
+    args.out = args.out or os.path.join("runs", args.data)
+    for name in ("epochs", "batch", "accumulate", "workers", "limit", "classes"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            p.error(f"--{name} {getattr(args, name)}: must be at least 1")
+    for name, high in (("teacher_weight", 1), ("momentum", 1), ("background", 1), ("dropout", 0.99), ("lr", math.inf)):
+        if not 0 <= getattr(args, name) <= high:
+            p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be between 0 and {high}")
+    patch = BACKBONES[args.backbone][0]["patch_size"]
+    if args.size % 2 or args.crop % patch or args.size < 4 * patch:
+        p.error(f"--size {args.size}: half of it must be a multiple of {args.backbone}'s patch, {patch}, and at least {2 * patch}")
+    if any(d < 1 for d in args.par):
+        p.error("--par-dilations: distances in pixels, at least 1")
+    del args.no_seg_loss
+    return argparse.Namespace(**{k: list(v) if isinstance(v, tuple) else v for k, v in vars(args).items()})
+
+
+# ----------------------------------------------------------------------------
+# Processes
+
+RANK, WORLD, LOCAL = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+
+
+def start_processes(device):
+    """Join the processes that torchrun started (nccl on GPUs, gloo on CPUs); returns this one's device."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RunError("--device cuda: this machine shows no GPU to torch; use --device cpu")
+    cuda = device == "cuda" or device == "auto" and torch.cuda.is_available()
+    if cuda and LOCAL >= torch.cuda.device_count():
+        raise RunError(f"process {LOCAL} of this machine has no GPU of its own ({torch.cuda.device_count()} here): lower --nproc_per_node")
+    if WORLD > 1:                                         # the slowest wait is for another process's share of the caches
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=4))
+    if cuda:
+        torch.cuda.set_device(LOCAL)
+    return torch.device("cuda", LOCAL) if cuda else torch.device("cpu")
+
+
+def summed(tensor):
+    """Sum of a tensor over all processes."""
+    if WORLD > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def wait():
+    """Until all processes are here."""
+    if WORLD > 1:
+        dist.barrier()
+
+
+def say(*words):
+    """Print, on the first process."""
+    if RANK == 0:
+        print(*words, flush=True)
+
+
+class Stop:
+    """SIGTERM and SIGINT: outside the training loop leave at once, inside it finish the step first."""
+    signal, finish_step = 0, False
+
+    def __call__(self, number, frame):
+        self.signal = number
+        if not self.finish_step:
+            os._exit(128 + number)                        # caches resume by themselves
+
+
+# ----------------------------------------------------------------------------
+# Caches: arrays on disk, one record an image, written by all processes together
+
+
+def cache(folder, name, key, n, shape, dtype, compute):
+    """A memory-mapped array (n, *shape) below `folder`, computed where it is not yet: compute(range) -> values.
+
+    `key` holds all that the values depend on and is part of the file's name: another key is another file. A
+    record and its mark lie in one file, so that a run that was killed goes on, and two runs may share it.
+    Raises RunError if the disk is full.
+    """
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    file = Path(folder) / f"{name}-{digest}.npy"
+    if not file.exists() and (LOCAL == 0 or RANK == 0):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(f"{file}.{os.getpid()}")
+        try:
+            record = np.dtype([("done", "<u8"), ("x", dtype, shape)])
+            np.lib.format.open_memmap(part, "w+", record, (n,)).flush()
+            with open(part, "r+b") as f:                  # reserve it now: a full disk kills a memory map later
+                os.posix_fallocate(f.fileno(), 0, os.fstat(f.fileno()).st_size)
+            with contextlib.suppress(FileExistsError):
+                os.link(part, file)                       # never replaces what another run made meanwhile
+        except OSError as error:
+            raise RunError(f"{file}: cannot make this cache ({error.strerror}); free space or choose another --out") from None
+        finally:
+            part.unlink(missing_ok=True)
+    wait()
+    array = np.load(file, mmap_mode="r+")
+    start, missing = time.time(), [g for g in groups(n, RANK, WORLD) if not array["done"][g.start:g.stop].all()]
+    for count, group in enumerate(missing, 1):
+        array["x"][group.start:group.stop] = compute(group)
+        array["done"][group.start:group.stop] = 1
+        if RANK == 0 and sys.stderr.isatty():
+            left = (time.time() - start) / count * (len(missing) - count)
+            print(f"\r{name}: {count} of {len(missing)} groups, {left:.0f} s left ", end="\n" if count == len(missing) else "", file=sys.stderr)
+    array.flush()
+    wait()
+    return np.load(file, mmap_mode="r")["x"]
+
+
+def fingerprint(source):
+    """What a split's files are: names, sizes and times of change; for `shapes` the scenes themselves."""
+    files = [str(p) for p in (*source.images, *source.labels)]
+    stats = [(f, os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in files if os.path.exists(f)]
+    first = b"" if files else source.image(0).tobytes()
+    return hashlib.sha256(repr([source.ids, stats]).encode() + first).hexdigest()
+
+
+def prepare(args, vit, digest, device):
+    """Everything before training: images, windows, centroids, CAMs. Returns arrays (memory-mapped) and centroids.
+
+    returns  sources {"train", "val"}; images and labels of each; cams (n, K, h, w) of train and val; centroids (K, D)
+    """
+    folder, sources, images, maps, labels = Path(args.out).parent / "cache", {}, {}, {}, None
+    splits = ("train",) if args.data == "folder" else ("train", "val")
+    with ThreadPoolExecutor(args.workers) as pool:
+        for split in splits:
+            if RANK:                                      # the first process lists COCO's images, the others read its list
+                wait()
+            source = data.dataset(args.data, args.root, split, args.classes, args.seed, folder)
+            if not RANK:
+                wait()
+            if args.limit:
+                source.limit(args.limit)
+            sources[split], n, S = source, len(source), args.size
+            prints = fingerprint(source)
+            images[split] = cache(folder, f"{args.data}-{split}-images", [prints, S], n, (S, S, 3), "u1", lambda g: np.stack(
+                list(pool.map(lambda i: data.squash(source.image(i), S), g))))
+            if split == "val":
+                labels = cache(folder, f"{args.data}-{split}-labels", [prints, S, args.data], n, (S, S), "u1", lambda g: np.stack(
+                    list(pool.map(lambda i: data.squash(source.label(i), S, "nearest"), g))))
+            if split == "train":
+                centroids = find_centroids(args, vit, digest, device, source, prints, folder, pool)
+            K, grid = len(centroids), S // vit.patch_size
+            key = [prints, S, digest, args.scales, args.bank, args.window, args.seed, hashlib.sha256(centroids.numpy().tobytes()).hexdigest()]
+            maps[split] = cache(folder, f"{args.data}-{split}-cam", key, n, (K, grid, grid), "<f2", lambda g: cam.class_activation_maps(
+                vit, normalise(images[split][g.start:g.stop])[1].to(device), centroids.to(device)).cpu().numpy())
+    return sources, images, labels, maps, centroids
+
+
+def find_centroids(args, vit, digest, device, source, prints, folder, pool):
+    """Windows of the training images -> CLS features -> k-means, things and stuff apart: (K, D)."""
+    chosen = np.linspace(0, len(source) - 1, min(len(source), BANK_IMAGES)).round().astype(int)
+    per_image = len(cam.windows(args.bank // vit.patch_size, args.bank // vit.patch_size, args.scales))
+    kinds = 2 if source.stuff else 1
+
+    def features(group):
+        out = np.full((len(group), kinds, per_image, vit.embed_dim), np.nan, np.float16)   # NaN: no such window
+        loaded = pool.map(lambda i: data.squash(source.image(chosen[i]), args.bank), group)
+        for row, image in zip(out, loaded):
+            found = cam.window_features(vit, normalise(image[None])[1].to(device), args.window, args.scales, kinds == 2)
+            for kind in range(kinds):
+                row[kind, :len(found[kind])] = found[kind].cpu().numpy()
+        return out
+
+    key = [prints, digest, args.bank, args.window, args.scales, kinds]
+    bank = cache(folder, f"{args.data}-windows", key, len(chosen), (kinds, per_image, vit.embed_dim), "<f2", features)
+    name = hashlib.sha256(json.dumps([key, source.things, source.stuff, args.seed]).encode()).hexdigest()[:16]
+    file = folder / f"{args.data}-centroids-{name}.npy"
+    if not file.exists() and (LOCAL == 0 or RANK == 0):
+        found, rng = [], np.random.default_rng(args.seed)
+        for kind, k in enumerate((source.things, source.stuff)[:kinds]):
+            windows = bank[:, kind].reshape(-1, vit.embed_dim)
+            windows = windows[~np.isnan(windows[:, 0])].astype(np.float32)
+            if len(windows) > BANK_WINDOWS:
+                windows = windows[np.sort(rng.choice(len(windows), BANK_WINDOWS, replace=False))]
+            say(f"k-means: {len(windows)} windows of {len(chosen)} images, {k} clusters")
+            found.append(cam.cluster(windows, k, args.seed))
+        part = Path(f"{file}.{os.getpid()}.npy")
+        np.save(part, np.concatenate(found))
+        part.replace(file)
+    wait()
+    return torch.from_numpy(np.load(file))
+
+
+# ----------------------------------------------------------------------------
+# Checkpoints
+
+
+def save(checkpoint, file):
+    """Write to a temporary file, sync, rename: `file` is always whole. Raises RunError, the old one stays."""
+    part = Path(f"{file}.part")
+    try:
+        with open(part, "wb") as f:
+            torch.save(checkpoint, f)
+            f.flush()
+            os.fsync(f.fileno())
+        part.replace(file)
+        folder = os.open(file.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+    except (OSError, RuntimeError) as error:              # torch's zip writer raises RuntimeError on a full disk
+        part.unlink(missing_ok=True)
+        raise RunError(f"{file}: cannot write the checkpoint ({str(error).splitlines()[0][:100]}); the one before is kept") from None
+
+
+def resume(args, out):
+    """The run in `out`, or None. Raises RunError if options differ that would make going on meaningless."""
+    if not (out / "last.pt").exists():
+        return None
+    state = load_checkpoint(out / "last.pt")
+    for name, value in vars(args).items():
+        if name not in MAY_DIFFER and state["args"].get(name) != value:
+            raise RunError(f"{out}/last.pt: begun with --{name.replace('_', '-')} {state['args'].get(name)}, now {value}: "
+                           f"use another --out, or the same option to go on")
+    return state
+
+
+# ----------------------------------------------------------------------------
+# The schedule of the teacher
+
+
+def replacements(epochs, start, intervals):
+    """TransFGU's schedule: the epochs, from 0, at which the teacher becomes the student and the student starts anew."""
+    return [e for e in range(start, epochs) if e % intervals[min(e // 10, len(intervals) - 1)] == 0]
+
+
+def teacher_age(args, epoch):
+    """Epochs since the teacher began (ema) or was last replaced (reset), for alpha(t); None without a teacher."""
+    if args.teacher == "reset":
+        done = [e for e in replacements(epoch, args.teacher_start, args.intervals)]
+        return epoch - 1 - done[-1] if done else None
+    return epoch - 1 - args.teacher_start if args.teacher == "ema" and epoch > args.teacher_start else None
+
+
+# ----------------------------------------------------------------------------
+# Training
+
+
+def new_head(args, dim, n_classes):
+    """An untrained student, the same for the same seed."""
+    torch.manual_seed(args.seed)
+    return Head(dim, n_classes, args.aspp != "none", args.dropout)
+
+
+def batches(args, images, maps, epoch, first, device):
+    """This process's parts of every batch of an epoch, loaded one ahead of use.
+
+    yields  step in the epoch, list of `accumulate` parts (sample numbers, image (b, 3, S, S) in 0..1,
+            CAM (b, K, h, w), draws (b, 10)), seconds waited. A last, smaller batch is left out (as the peers do).
+    """
+    n = len(images) * args.repeat
+    order = np.random.default_rng((args.seed, epoch)).permutation(n)
+    steps = n // args.batch
+
+    def load(step):
+        parts = order[step * args.batch:(step + 1) * args.batch].reshape(args.accumulate, WORLD, -1)[:, RANK]
+        out = []
+        for samples in parts:
+            rows = samples % len(images)
+            pixels = torch.from_numpy(np.stack([images[i] for i in rows]))
+            draws = np.stack([data.draw(args.seed, epoch, int(s)) for s in samples])
+            out.append((samples, pixels, torch.from_numpy(np.stack([maps[i] for i in rows])), torch.from_numpy(draws)))
+        return out
+
+    with ThreadPoolExecutor(1) as pool:
+        ahead = pool.submit(load, first) if first < steps else None
+        for step in range(first, steps):
+            begin = time.time()
+            parts = ahead.result()
+            waited = time.time() - begin
+            ahead = pool.submit(load, step + 1) if step + 1 < steps else None
+            yield step, [(samples, pixels.to(device).permute(0, 3, 1, 2).float() / 255, cams.to(device).float(), draws.to(device))
+                         for samples, pixels, cams, draws in parts], waited
+
+
+def train(args, device, stop):
+    """The whole run: prepare, loop, evaluate, save. Returns the last evaluation, or the number of the signal that ended it."""
+    out = Path(args.out)
+    state = resume(args, out)
+    if state and state["epoch"] >= args.epochs:
+        say(f"{out}: this run is finished ({state['epoch']} epochs); raise --epochs to go on, or use another --out")
+        return None
+    if RANK == 0 or LOCAL == 0:                           # one process of each machine fetches the weights
+        backbone(args.backbone, args.weights)
+    wait()
+    vit, weights, digest = backbone(args.backbone, args.weights)
+    say(f"{args.backbone}: {weights}, SHA-256 {digest}")
+    vit = vit.to(device).eval().requires_grad_(False)
+    sources, images, labels, maps, centroids = prepare(args, vit, digest, device)
+    source, n_classes = sources["train"], len(sources["train"].names)
+    if len(images["train"]) * args.repeat < args.batch:
+        raise RunError(f"--batch {args.batch}: larger than an epoch of {len(images['train'])} images x {args.repeat}; lower it")
+
+    network = DMSA(vit, n_classes, args.aspp != "none", args.dropout, args.momentum)
+    network.student = new_head(args, vit.embed_dim, n_classes)
+    network.teacher.module.load_state_dict(network.student.state_dict())
+    network.to(device).train()
+    params = [p for p in network.student.parameters()]
+    optimizer = torch.optim.Adam([                        # L2, as the peers: not decoupled; none on biases and norms
+        {"params": [p for p in params if p.ndim > 1], "weight_decay": 5e-4},
+        {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0}], lr=args.lr)
+    run = {"epoch": 0, "position": 0, "step": 0, "best": -1.0, "best_epoch": 0, "cam": {}, "assignment": list(range(n_classes))}
+    if state:
+        network.student.load_state_dict(state["student"])
+        network.teacher.load_state_dict(state["teacher"])
+        optimizer.load_state_dict(state["optimizer"])
+        run = {k: state[k] for k in run}
+        say(f"{out}: going on after epoch {run['epoch']}, step {run['step']}")
+    par = PAR(tuple(args.par)) if args.par else None
+    thing = torch.arange(n_classes, device=device) >= 1 if source.background else torch.arange(n_classes, device=device) < source.things
+    bf16 = args.precision == "bf16" or args.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
+    low_precision = lambda: torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    crop_size = (args.crop, args.crop)
+    upsample = lambda maps: F.interpolate(maps, size=crop_size, mode="bilinear") if args.losses_at == "crop" else maps
+    rates_of = lambda epoch: DEEPLAB_RATES if args.aspp == "static" else dilation_rates(epoch)
+    log = out / "log.jsonl"
+    if RANK == 0:
+        kept = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= run["step"]] if log.exists() and state else []
+        log.write_text("".join(f"{line}\n" for line in kept))
+
+    def checkpoint():
+        whole = run | {"args": vars(args), "names": source.names, "background": source.background, "centroids": centroids,
+                       "rates": list(rates_of(max(1, run["epoch"] + bool(run["position"])))), "vit": vit.state_dict(),
+                       "teacher_on": teacher_age(args, max(1, run["epoch"] + bool(run["position"]))) is not None,
+                       "student": network.student.state_dict(), "teacher": network.teacher.state_dict(), "optimizer": optimizer.state_dict()}
+        return copy.deepcopy(whole)
+
+    def write(*files):
+        """All processes leave together if the first one cannot write."""
+        error = ""
+        if RANK == 0:
+            try:
+                for file in files:
+                    save(checkpoint(), out / file)
+            except RunError as failure:
+                error = str(failure)
+        if summed(torch.tensor(len(error), device=device)).item():
+            raise RunError(error or "another process could not write the checkpoint")
+
+    if labels is not None and not run["cam"]:             # how good the coarse labels are, before any training
+        total = torch.zeros(n_classes, n_classes, dtype=torch.int64)
+        for group in groups(len(labels), RANK, WORLD):
+            probabilities = cam_probabilities(torch.from_numpy(maps["val"][group.start:group.stop]).float(), source.background, args.background)
+            masks = F.interpolate(probabilities, size=labels.shape[1:], mode="bilinear").argmax(1)
+            total += confusion_matrix(labels[group.start:group.stop], masks, n_classes)
+        coarse, truth = scores(summed(total.to(device)).cpu()), torch.from_numpy(np.ascontiguousarray(labels))
+        share = torch.bincount(truth[truth < n_classes].long().flatten(), minlength=n_classes).double()
+        run["cam"] = {"cam_miou": coarse["miou"], "cam_accuracy": coarse["accuracy"]}
+        frequent = 100 * share.max().item() / max(share.sum().item(), 1)
+        say(f"CAM labels on val: mIoU {coarse['miou']:.2f} accuracy {coarse['accuracy']:.2f}; everything as the most frequent class: "
+            f"mIoU {frequent / max((share > 0).sum().item(), 1):.2f} accuracy {frequent:.2f}")
+
+    stop.finish_step, result = True, None
+    while run["epoch"] < args.epochs:
+        epoch = run["epoch"] + 1                          # Table 1 counts from 1
+        rates, age = rates_of(epoch), teacher_age(args, epoch)
+        if args.teacher == "reset" and age == 0 and run["position"] == 0:
+            network.teacher.module.load_state_dict(network.student.state_dict())
+            network.student.load_state_dict(new_head(args, vit.embed_dim, n_classes).state_dict())
+        begin, waited, sums, seen = time.time(), 0.0, {}, 0
+        last_step = len(images["train"]) * args.repeat // args.batch - 1
+        for position, parts, seconds in batches(args, images["train"], maps["train"], epoch, run["position"], device):
+            torch.manual_seed((args.seed * 1_000_003 + run["step"]) * 1_009 + RANK)   # for dropout only
+            chance = np.random.default_rng((args.seed, epoch, position, 0))
+            permutation = torch.from_numpy(chance.permutation(n_classes)).to(device) if age is not None else None
+            todo, counts = [], torch.zeros(4, dtype=torch.int64, device=device)
+            with torch.no_grad():                         # Fig. 2, top: features once, teacher, pseudo label
+                for samples, image, cams, draws in parts:
+                    image, cams, _ = data.crop(image, cams, draws, args.crop, vit.patch_size)
+                    with low_precision():
+                        features = network.features(normalised(data.augment(image, draws)))
+                        teacher = network.decode(network.teacher, features, rates)[0].float() if age is not None else None
+                    refine = upsample if par is None else lambda p: par(image, p)
+                    label, foreground, _ = pseudo_label(cams, teacher, refine, args.teacher_weight, source.background, args.background)
+                    todo.append((features, label, foreground))
+                    counts += pixel_counts(label, foreground, thing)
+            signals = torch.zeros(65, dtype=torch.int64, device=device)
+            signals[stop.signal] += stop.signal > 0
+            counts, signals = summed(torch.cat([counts, signals])).split([4, 65])      # of the whole batch
+
+            values = torch.zeros(5, device=device)
+            optimizer.zero_grad()
+            for features, label, foreground in todo:      # Fig. 2, bottom: student and Eq. 6
+                with low_precision():
+                    logits, class_embeddings = network.decode(network.student, features, rates)
+                loss = dmsa_losses(upsample(logits.float()), class_embeddings.float(), label, foreground, counts, thing,
+                                   args.lambdas, source.background, permutation, permutation_weight(age) if age is not None else 0.0)
+                loss["all"].backward()
+                values += torch.stack([v.detach() for v in loss.values()])
+            gradient = torch.cat([p.grad.flatten() for p in params] + [values])         # sums: counts are global
+            *gradients, values = summed(gradient).split([p.numel() for p in params] + [5])
+            values = dict(zip(loss, values.tolist()))
+            check_finite(values, gradients, network.student, run["step"] + 1, [s for samples, *_ in parts for s in samples], source)
+            for p, g in zip(params, gradients):
+                p.grad.copy_(g.view_as(p).clamp(-1, 1))
+            optimizer.step()
+            if args.teacher == "ema":
+                network.teacher.update_parameters(network.student)
+            run["step"], run["position"] = run["step"] + 1, position + 1
+            waited, seen = waited + seconds, seen + args.batch
+            for name, value in values.items():
+                sums[name] = sums.get(name, 0.0) + value
+            record = {"epoch": epoch, "step": run["step"], **values, "rates": list(rates), "lr": args.lr}
+            if position == last_step:
+                elapsed = time.time() - begin
+                peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+                record |= {"images_per_s": seen / elapsed, "data_wait": waited / elapsed, "peak_gb": peak / 1e9}
+                if labels is not None:
+                    network.eval()
+                    total = evaluate(network, images["val"], labels, rates, device, RANK, WORLD)
+                    network.train()
+                    result = scores(summed(total.to(device)).cpu())
+                    run["assignment"] = result["assignment"].tolist()
+                    record |= {"miou": result["miou"], "accuracy": result["accuracy"], **run["cam"],
+                               "clusters": result["clusters"], "entropy": result["entropy"]}
+            if RANK == 0:
+                with open(log, "a") as f:
+                    f.write(json.dumps(record) + "\n")
+            if signals.any() and position < last_step:
+                write("last.pt")
+                return int(signals.nonzero()[0])
+        run["epoch"], run["position"] = epoch, 0
+        files = ["last.pt"]
+        if result and result["miou"] + result["accuracy"] > run["best"]:                # on val, as the peers do
+            run["best"], run["best_epoch"], files = result["miou"] + result["accuracy"], epoch, ["best.pt", "last.pt"]
+        write(*files)
+        means = "  ".join(f"{name} {value * args.batch / seen:.4f}" for name, value in sums.items())
+        score = f"  mIoU {result['miou']:.2f} accuracy {result['accuracy']:.2f} clusters {result['clusters']}" if result else ""
+        say(f"epoch {epoch}/{args.epochs}  {means}{score}  rates {list(rates)}  {record['images_per_s']:.0f} images/s  "
+            f"wait {100 * record['data_wait']:.0f} %  {record['peak_gb']:.2f} GB")
+        if signals.any():
+            return int(signals.nonzero()[0])
+    if RANK == 0:
+        shown = "train" if labels is None else "val"
+        network.eval()
+        panels(network, checkpoint(), np.ascontiguousarray(images[shown][:6]), None if labels is None else np.ascontiguousarray(labels[:6]),
+               out / "panels.png", par)
+        curves(log, out / "curves.png")
+    if result:
+        best = [r for r in map(json.loads, log.read_text().splitlines()) if r["epoch"] == run["best_epoch"] and "miou" in r][-1]
+        say(f"last epoch: mIoU {result['miou']:.2f} accuracy {result['accuracy']:.2f}; best epoch {run['best_epoch']}, chosen on val: "
+            f"mIoU {best['miou']:.2f} accuracy {best['accuracy']:.2f}; CAM labels: mIoU {run['cam']['cam_miou']:.2f}")
+    say(f"wrote {out}/: log.jsonl, last.pt, {'best.pt, ' if result else ''}panels.png, curves.png")
+    return None
+
+
+def normalised(image):
+    """Image (B, 3, H, W) in 0..1 -> as DINO was trained."""
+    return normalise((image * 255).permute(0, 2, 3, 1))[1]
+
+
+def check_finite(values, gradients, student, step, samples, source):
+    """Stop all processes together when a loss or gradient is not finite (the sums are the same on each)."""
+    wrong = [name for name, value in values.items() if not math.isfinite(value)]
+    if not wrong:
+        wrong = ["gradient of " + name for (name, _), g in zip(student.named_parameters(), gradients) if not g.isfinite().all()]
+    if wrong:
+        names = [source.ids[s % len(source)] for s in samples]
+        raise FloatingPointError(f"step {step}: {', '.join(wrong[:3])} not finite; samples of process {RANK}: {names[:8]}"
+                                 f"{' ...' if len(names) > 8 else ''}; the last checkpoint is kept")
+
+
+def main():
+    args, stop = parse(), Stop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    code = 0
+    try:
+        if args.batch % (WORLD * args.accumulate):
+            raise RunError(f"--batch {args.batch}: not divisible by {WORLD} processes x --accumulate {args.accumulate}; "
+                           f"try {max(1, args.batch // (WORLD * args.accumulate)) * WORLD * args.accumulate}")
+        device = start_processes(args.device)
+        if args.dry_run:
+            backbone(args.backbone, args.weights)
+            for split in ("train",) if args.data == "folder" else ("train", "val"):
+                say(f"{split}: {len(data.dataset(args.data, args.root, split, args.classes, args.seed))} images")
+            say(json.dumps(vars(args), indent=1))
+        else:
+            try:
+                Path(args.out).mkdir(parents=True, exist_ok=True)
+                (Path(args.out) / f".{RANK}").touch()
+                (Path(args.out) / f".{RANK}").unlink()
+            except OSError as error:
+                raise RunError(f"{args.out}: cannot write there ({error.strerror}); choose another --out") from None
+            number = train(args, device, stop)
+            if number:
+                say(f"signal {number}: saved, the same command goes on")
+                code = 128 + number
+    except (RunError, data.DataError, WeightsError, CheckpointError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        code = 2
+    except FloatingPointError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if WORLD > 1 and dist.is_initialized() and code == 0:
+        dist.destroy_process_group()
+    if code:
+        os._exit(code)                                    # no clean-up that could wait for other processes
+
+
+if __name__ == "__main__":
+    main()
