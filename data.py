@@ -11,13 +11,16 @@ Needs torch, numpy and pillow: copy this file anywhere.
 
 import argparse
 import colorsys
+import contextlib
 import hashlib
+import http.client
 import math
 import os
 import stat
 import sys
 import tarfile
 import urllib.error
+import urllib.parse
 import urllib.request
 import warnings
 import zipfile
@@ -27,13 +30,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-# Pillow only warns between 89 and 179 megapixels; one decoded image of that size takes 0.3 GB: refuse it
-warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", module="PIL")           # a file that cannot be used is refused below, in one line
 
 VOID = 255
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF")          # not EPS, say, which would be run as a program
+MOST_PIXELS = 89_478_485                                  # 0.3 GB decoded; Pillow only warns up to twice as many
 
 
 class DataError(ValueError):
@@ -79,6 +83,7 @@ def coco_table(kind):
     else:
         for index, raw in enumerate(STUFF27.values()):
             table[list(raw)] = index
+    table[182:255] = 254                                  # no such ids: `open_label` refuses them
     return table
 
 
@@ -94,24 +99,33 @@ def palette(n=256):
 # Reading files
 
 
+@contextlib.contextmanager
+def _opened(path, what="image"):
+    """The file as a Pillow image; whatever goes wrong with it is a DataError naming the file."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):       # a pipe would never end
+            raise DataError(f"{path}: a folder, pipe or device, not a file; rename or remove it")
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise DataError(f"{path}: {image.width} x {image.height} pixels are too many for one {what}; shrink it")
+            yield image
+    except DataError:
+        raise
+    except Exception as error:                            # decoders raise a dozen kinds on damaged files
+        raise DataError(f"{path}: cannot read this {what} ({_reason(error)}); get it again or leave it out") from None
+
+
 def open_image(path, upright=False):
     """Decode any image to RGB: uint8 (H, W, 3). Raises DataError naming the file.
 
     upright   turn it as its EXIF says (photographs of one's own); off for data sets whose masks are not turned
     """
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):       # a folder; a pipe, which would never end
-            raise DataError(f"{path}: not a regular file")
-        with Image.open(path) as image:
-            if upright:
-                image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I;16") or image.mode == "I":                # 16-bit grey
-                image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
-            return np.array(image.convert("RGB"))
-    except DataError:
-        raise
-    except Exception as error:                            # decoders raise a dozen kinds on damaged files
-        raise DataError(f"{path}: cannot decode this image ({_reason(error)})") from None
+    with _opened(path) as image:
+        if upright:
+            image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16") or image.mode == "I":                    # 16-bit grey
+            image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+        return np.array(image.convert("RGB"))
 
 
 def open_label(path, table=None, n_classes=256):
@@ -119,26 +133,20 @@ def open_label(path, table=None, n_classes=256):
 
     table      (256,) uint8 applied to the raw values; n_classes: values from here on (but 255) are an error
     """
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise DataError(f"{path}: not a regular file")
-        with Image.open(path) as image:
-            if image.mode not in ("P", "L"):
-                raise DataError(f"{path}: a label must be an 8-bit palette or grey PNG, this one is {image.mode}")
-            label = np.array(image)
-    except DataError:
-        raise
-    except Exception as error:
-        raise DataError(f"{path}: cannot decode this label ({_reason(error)})") from None
-    if table is not None:
-        label = table[label]
-    wrong = label[(label >= n_classes) & (label != VOID)]
+    with _opened(path, "label") as image:
+        if image.mode not in ("P", "L"):
+            raise DataError(f"{path}: this label is {image.mode}; make it an 8-bit palette or grey PNG of class indices")
+        raw = np.array(image)
+    label = raw if table is None else table[raw]
+    wrong = raw[(label >= n_classes) & (label != VOID)]
     if wrong.size:
-        raise DataError(f"{path}: label value {wrong[0]} outside the {n_classes} classes")
+        raise DataError(f"{path}: label value {wrong[0]} is none of the {n_classes} classes; correct the file, or --data")
     return label
 
 
 def _reason(error):
+    if isinstance(error, UnidentifiedImageError):
+        return "no JPEG, PNG, BMP, WebP or TIFF"
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return text.splitlines()[0][:100]
 
@@ -178,10 +186,10 @@ class Dataset:
         if not self.labels:
             return None
         label = open_label(self.labels[i], self.table, len(self.names))
-        with Image.open(self.images[i]) as image:
+        with _opened(self.images[i]) as image:
             if image.size != label.shape[::-1]:
-                raise DataError(f"{self.labels[i]}: label is {label.shape[1]} x {label.shape[0]}, "
-                                f"its image {image.size[0]} x {image.size[1]}")
+                raise DataError(f"{self.labels[i]}: this label is {label.shape[1]} x {label.shape[0]}, its image "
+                                f"{image.width} x {image.height}; get the pair again or leave it out")
         return label
 
 
@@ -200,15 +208,17 @@ class VOC(Dataset):
 
     def __init__(self, root="data", split="train", aug=False):
         name, masks = ("train_aug", "SegmentationClassAug") if aug and split == "train" else (split, "SegmentationClass")
-        base = _folder(root, ("VOCdevkit/VOC2012", "VOC2012", "."), "give --root")
+        how = f"get it with: python data.py --download voc --root {root}"
+        base = _folder(root, ("VOCdevkit/VOC2012", "VOC2012", "."), f"{how}, or give another --root")
         file = base / "ImageSets" / "Segmentation" / f"{name}.txt"
         if not file.is_file():
             raise DataError(f"{file}: no such list; " + ("the augmented set (SBD) is not on VOC's host, see README, Data"
-                            if name == "train_aug" else f"get it with: python data.py --download voc --root {root}"))
-        self.split, self.ids = name, file.read_text().split()
-        twice = sorted({i for i in self.ids if self.ids.count(i) > 1}) if len(set(self.ids)) < len(self.ids) else []
+                            if name == "train_aug" else how))
+        self.split, self.ids = name, file.read_text(errors="replace").split()
+        ordered = sorted(self.ids)
+        twice = next((a for a, b in zip(ordered, ordered[1:]) if a == b), None)
         if twice or not self.ids:
-            raise DataError(f"{file}: {f'{twice[0]} is listed twice' if twice else 'an empty list'}")
+            raise DataError(f"{file}: {f'{twice} is listed twice; take one out' if twice else f'an empty list; {how}'}")
         for part in ("JPEGImages", masks):
             _folder(base, (part,), "see README, Data, for the layout")
         self.images = [base / "JPEGImages" / f"{i}.jpg" for i in self.ids]
@@ -220,12 +230,13 @@ class COCO(Dataset):
 
     Samples are the images whose map shows at least one thing pixel. TransFGU takes those with an instance
     annotation, which differs where every instance is hidden in the map; no json is needed here. The maps are
-    all read once, and the list is kept in `cache` (a folder) if given.
+    all read once, and the list is kept in `cache` (a folder) if given. An unreadable map counts as a sample, so
+    that it is named when it is used, not dropped; the list is kept only without one.
     """
     published = {"train": 117266, "val": 4952}
 
     def __init__(self, root="data", split="train", kind="coco80", cache=None):
-        how = "get it with: python data.py --download coco80"
+        how = f"get it with: python data.py --download {kind} --root {root}"
         images = _folder(root, (f"images/{split}2017", f"{split}2017"), how)
         labels = _folder(root, (f"annotations/{split}2017", f"stuffthingmaps/{split}2017"), how)
         self.split, self.table, self.background = split, coco_table(kind), kind == "coco80"
@@ -237,12 +248,19 @@ class COCO(Dataset):
         key = hashlib.sha256("\n".join([str(labels.resolve()), *self.all]).encode()).hexdigest()[:16]
         listed = Path(cache) / f"coco-{split}-{key}.txt" if cache else None
         if listed and listed.is_file():
-            self.ids = listed.read_text().split()
+            self.ids = listed.read_text().splitlines()
         else:
+            def shows_thing(i):
+                try:
+                    return bool((open_label(labels / f"{i}.png") <= 90).any())
+                except DataError:
+                    return None
             with ThreadPoolExecutor() as pool:
-                shown = pool.map(lambda i: bool((open_label(labels / f"{i}.png") <= 90).any()), self.all)
-                self.ids = [i for i, thing in zip(self.all, shown) if thing]
-            if listed:
+                shown = list(pool.map(shows_thing, self.all))
+            self.ids = [i for i, thing in zip(self.all, shown) if thing is not False]
+            if not self.ids:
+                raise DataError(f"{labels}: no map shows a thing (values 0 to 90); {how}")
+            if listed and None not in shown:
                 listed.parent.mkdir(parents=True, exist_ok=True)
                 part = listed.with_suffix(f".{os.getpid()}")
                 part.write_text("\n".join(self.ids))
@@ -260,23 +278,25 @@ class Folder(Dataset):
         self.split, self.things = "all", n_classes
         self.names = ["background"] + [f"cluster {k}" for k in range(1, n_classes + 1)]
         if not root.exists():
-            raise DataError(f"{root}: no such file or folder")
+            raise DataError(f"{root}: no such file or folder; give another --root")
+
+        def refuse(error):                                # os.walk alone would leave such a folder out
+            raise DataError(f"{error.filename}: cannot read this folder ({_reason(error)}); change its permissions")
+
         found = [root] if root.is_file() else []
-        for folder, below, files in os.walk(root):        # links to folders are not followed: no loops
-            below.sort()
-            named = [d for d in below if d.lower().endswith(SUFFIXES)]
-            if named:
-                raise DataError(f"{Path(folder) / named[0]}: a folder named like an image; rename it")
-            found += [Path(folder) / f for f in sorted(files) if f.lower().endswith(SUFFIXES)]
+        for folder, below, files in os.walk(root, onerror=refuse) if not found else ():   # links to folders: not followed
+            below.sort()                                  # a folder named like an image is named when it is used
+            found += [Path(folder) / f for f in sorted(below + files) if f.lower().endswith(SUFFIXES)]
         if not found:
-            raise DataError(f"{root}: no images here ({' '.join(SUFFIXES)})")
+            raise DataError(f"{root}: no images here; give a folder with any of {' '.join(SUFFIXES)}")
         self.images = found
         self.ids = [str((p.relative_to(root) if p != root else Path(p.name)).with_suffix("")) for p in found]
-        seen = {}
-        for i, p in zip(self.ids, found):
-            if i in seen:
-                raise DataError(f"{p}: the same name as {seen[i]}, their predictions would overwrite each other")
-            seen[i] = p
+        first = {}
+        twice = [(p, first[i]) for i, p in zip(self.ids, found) if first.setdefault(i, p) != p]
+        if twice:
+            more = f" (and {len(twice) - 1} more such pairs)" if twice[1:] else ""
+            raise DataError(f"{twice[0][0]}: the same name as {twice[0][1]}{more}: their predictions would overwrite "
+                            "each other; rename one")
 
 
 # ----------------------------------------------------------------------------

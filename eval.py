@@ -11,6 +11,7 @@ most pixels are right (Hungarian matching), and only then is anything scored (Tr
 """
 
 import argparse
+import io
 import json
 import sys
 from pathlib import Path
@@ -89,9 +90,11 @@ def scores(confusion):
 def load_checkpoint(file):
     """The dict that train.py saved: tensors and plain values only. Raises CheckpointError naming the file."""
     try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        content = Path(file).read_bytes()
     except OSError as error:
-        raise CheckpointError(f"{file}: cannot read this checkpoint ({error.strerror or error})") from None
+        raise CheckpointError(f"{file}: cannot read this checkpoint ({error.strerror})") from None
+    try:
+        checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:                            # torch raises many kinds on a damaged or foreign file
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:100]
         raise CheckpointError(f"{file}: damaged, or not a checkpoint of plain tensors and values: {reason}") from None

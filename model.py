@@ -11,9 +11,10 @@ Needs torch and aspp.py: copy both anywhere.
 """
 
 import hashlib
+import io
 import math
-import os
 import sys
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -180,11 +181,11 @@ def load_dino(vit, file):
     raises   WeightsError naming the file and what does not fit
     """
     try:
-        with open(file, "rb") as f:
-            digest = hashlib.sha256(f.read()).hexdigest()
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        content = Path(file).read_bytes()
     except OSError as error:
         raise WeightsError(f"{file}: cannot read these weights ({error.strerror})") from None
+    try:
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:                            # torch raises many kinds on a file that is not its own
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
         raise WeightsError(f"{file}: not a file of plain tensors, or damaged: {reason}") from None
@@ -203,7 +204,7 @@ def load_dino(vit, file):
             raise WeightsError(f"{file}: {name} is {tuple(state[name].shape)}, this backbone has "
                                f"{tuple(value.shape)} (patch size or width differ); choose --backbone to fit the file")
     vit.load_state_dict({k: v.float() for k, v in state.items()}, strict=True)
-    return digest
+    return hashlib.sha256(content).hexdigest()
 
 
 def backbone(name, file=None):
@@ -216,14 +217,13 @@ def backbone(name, file=None):
     """
     architecture, source = BACKBONES[name]
     if file is None and name == "tiny":
-        file = os.path.join(os.path.dirname(os.path.abspath(__file__)), source)
+        file = Path(__file__).resolve().parent / source
     elif file is None:
-        folder = os.path.join(torch.hub.get_dir(), "checkpoints")
-        file = os.path.join(folder, os.path.basename(source))
-        if not os.path.exists(file):
+        file = Path(torch.hub.get_dir()) / "checkpoints" / Path(source).name
+        if not file.exists():
             try:
-                os.makedirs(folder, exist_ok=True)
-                torch.hub.download_url_to_file(DINO_URL + source, file, progress=sys.stderr.isatty())
+                file.parent.mkdir(parents=True, exist_ok=True)
+                torch.hub.download_url_to_file(DINO_URL + source, str(file), progress=sys.stderr.isatty())
             except OSError as error:
                 raise WeightsError(f"{name}: no weights in {file}, and {DINO_URL + source} cannot be fetched "
                                    f"({error}); fetch it elsewhere and give it with --weights FILE") from None

@@ -106,6 +106,7 @@ def parse(argv=None):
     m.add_argument("--teacher", choices=("ema", "reset", "none"), help="moving average; TransFGU's copy and reset; CAM alone (default: ema)")
     m.add_argument("--no-teacher", dest="teacher", action="store_const", const="none", help="the same as --teacher none")
     m.add_argument("--teacher-weight", type=float, metavar="X", help="share of the teacher in the pseudo label, 0 to 1 (default: 0.7, with stuff 0.5)")
+    m.add_argument("--teacher-start", type=int, metavar="EPOCHS", help=f"epochs of CAM alone before the teacher takes part {by_data}")
     m.add_argument("--momentum", type=float, metavar="M", help="of the moving average, 0 to 1 (default: 0.99)")
     m.add_argument("--background", type=float, metavar="T", help="CAM below half of it is background, 0 to 1 (default: 0.1, TransFGU's; shapes 0.3)")
     m.add_argument("--lambdas", type=float, nargs=4, metavar=("SEG", "CE", "UN", "CLS"), help=f"weights of Eq. 6 {by_data}")

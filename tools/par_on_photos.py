@@ -1,0 +1,107 @@
+"""PAR on real photographs: which dilations restore a coarse mask best at the training size.
+
+    python tools/par_on_photos.py --root data                     # 24 images of VOC val, half a minute on a CPU
+    python tools/par_on_photos.py --root data --limit 1449        # the whole of val
+
+Protocol. Image and label are squashed to 160 x 160 (label: nearest). The true mask, one channel for each class that
+the label shows, is averaged over 8 x 8 pixels to the 20 x 20 cells of a ViT of patch 8, spoiled or not, and
+restored to 160 x 160; void pixels belong to no channel and are not scored. The score is the IoU of the arg max,
+mean over the classes of the image, then over images, in percent. Three coarse masks:
+
+    clean, soft    the averages themselves
+    20 % wrong     a fifth of the cells, drawn from --seed and the image's number, are given another class of the
+                   image, one-hot: other than the one that leads there. An image of one class stays clean
+    blurred        each cell the mean of the 5 x 5 around it, fewer at the border
+
+`bilinear` only enlarges the mask, as training does with --no-par.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data                                               # noqa: E402
+from eval import confusion_matrix                         # noqa: E402
+from par import DILATIONS, PAR                            # noqa: E402
+
+SIZE, CELLS = 160, 20                                     # pixels of a side; cells of a side, a ViT of patch 8
+WRONG, BLUR = 0.2, 5                                      # share of the cells; cells of a side
+COARSE = ("clean, soft", f"{100 * WRONG:.0f} % of the cells given another class of the image",
+          f"blurred over {BLUR}×{BLUR} cells")
+RESTORED = {
+    "bilinear": lambda image, masks: F.interpolate(masks, size=image.shape[2:], mode="bilinear"),
+    "AFA: 1,2,4,8,12,24 ×10": PAR(DILATIONS, 10),
+    "1,2,4,8 ×10": PAR((1, 2, 4, 8), 10),
+    "1,2,4 ×10": PAR((1, 2, 4), 10),
+    "1,2,4,8,12,24 ×3": PAR(DILATIONS, 3),
+}
+
+
+def coarse_masks(label, classes, rng):
+    """The three coarse masks of one image, in the order of COARSE: (3, C, CELLS, CELLS).
+
+    label (SIZE, SIZE) uint8, 255 void; classes: the C values that it shows
+    """
+    masks = torch.from_numpy(label[None] == classes[:, None, None]).float()       # (C, SIZE, SIZE), one-hot
+    clean = F.avg_pool2d(masks, SIZE // CELLS)                                    # (C, CELLS, CELLS)
+    C, wrong = len(classes), clean.flatten(1).clone()                             # (C, CELLS^2)
+    if C > 1:
+        cells = torch.from_numpy(rng.choice(CELLS ** 2, int(WRONG * CELLS ** 2), replace=False))
+        step = torch.from_numpy(rng.integers(1, C, len(cells)))                   # never 0: another class
+        other = (wrong[:, cells].argmax(0) + step) % C
+        wrong[:, cells] = F.one_hot(other, C).float().T
+    blurred = F.avg_pool2d(clean, BLUR, stride=1, padding=BLUR // 2, count_include_pad=False)
+    return torch.stack([clean, wrong.view_as(clean), blurred])
+
+
+def miou(label, prediction, n):
+    """Mean IoU over the n classes of one image, percent; label: index of the class, VOID is not scored."""
+    confusion = confusion_matrix(label, prediction, n)
+    right = confusion.diag()
+    return 100 * (right / (confusion.sum(0) + confusion.sum(1) - right)).mean().item()
+
+
+def main():
+    p = argparse.ArgumentParser(description="PAR on true masks made coarse, on photographs in VOC's layout.")
+    p.add_argument("--root", default="data", help="folder with VOCdevkit/VOC2012 (default: data)")
+    p.add_argument("--limit", type=int, default=24, metavar="N", help="the first N images of val (default: 24)")
+    p.add_argument("--seed", type=int, default=0, help="of the wrong cells (default: 0)")
+    args = p.parse_args()
+    if args.limit < 1:
+        p.error(f"--limit {args.limit}: must be at least 1")
+    found = []                                            # an image's scores: (3 coarse masks, columns)
+    try:
+        source = data.VOC(args.root, "val")
+        source.limit(args.limit)
+        for i in range(len(source)):
+            image = torch.from_numpy(data.squash(source.image(i), SIZE)).permute(2, 0, 1)[None].float() / 255
+            label = data.squash(source.label(i), SIZE, "nearest")
+            classes = np.unique(label[label != data.VOID])
+            if not len(classes):                          # nothing but void: nothing to score
+                continue
+            index = np.full(256, data.VOID, np.uint8)
+            index[classes] = np.arange(len(classes))
+            masks = coarse_masks(label, classes, np.random.default_rng((args.seed, i)))
+            # PAR treats every channel alike: the three masks side by side share one affinity
+            restored = [f(image, masks.flatten(0, 1)[None]).unflatten(1, masks.shape[:2])[0].argmax(1)
+                        for f in RESTORED.values()]       # (3, SIZE, SIZE) each
+            found.append([[miou(index[label], r[row], len(classes)) for r in restored] for row in range(len(COARSE))])
+    except data.DataError as error:
+        sys.exit(print(f"par_on_photos.py: {error}", file=sys.stderr) or 2)
+    if not found:
+        sys.exit(print(f"par_on_photos.py: {args.root}: no label with a class", file=sys.stderr) or 2)
+    print(f"{len(found)} images of {source.split} at {SIZE}×{SIZE}, masks from {CELLS}×{CELLS}, mIoU over the classes "
+          f"of each image, seed {args.seed}\n")
+    print("| coarse mask |", " | ".join(RESTORED), "|")
+    print("|---" * (1 + len(RESTORED)) + "|")
+    for name, values in zip(COARSE, np.mean(found, axis=0)):
+        print(f"| {name} |", " | ".join(f"{v:.1f}" for v in values), "|")
+
+
+if __name__ == "__main__":
+    main()
