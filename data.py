@@ -278,14 +278,15 @@ class Folder(Dataset):
         self.split, self.things = "all", n_classes
         self.names = ["background"] + [f"cluster {k}" for k in range(1, n_classes + 1)]
         if not root.exists():
-            raise DataError(f"{root}: no such file or folder; give another --root")
+            raise DataError(f"{root}: no such file or folder; correct the path")
 
         def refuse(error):                                # os.walk alone would leave such a folder out
             raise DataError(f"{error.filename}: cannot read this folder ({_reason(error)}); change its permissions")
 
         found = [root] if root.is_file() else []
-        for folder, below, files in os.walk(root, onerror=refuse) if not found else ():   # links to folders: not followed
-            below.sort()                                  # a folder named like an image is named when it is used
+        walk = os.walk(root, onerror=refuse) if root.is_dir() else ()             # links to folders are not followed
+        for folder, below, files in walk:
+            below.sort()                                  # a folder named like an image is refused when it is used
             found += [Path(folder) / f for f in sorted(below + files) if f.lower().endswith(SUFFIXES)]
         if not found:
             raise DataError(f"{root}: no images here; give a folder with any of {' '.join(SUFFIXES)}")
@@ -303,7 +304,7 @@ class Folder(Dataset):
 # `shapes`: textured objects on grey noise, rendered from a seed
 
 SHAPES = ("disc", "square", "triangle", "star", "cross")
-HUES = (0.00, 0.62, 0.36, 0.14, 0.84)                     # well apart: neighbours in hue would swap class
+HUES = (0.0, 0.6, 0.4, 0.2, 0.8)                          # as far apart as they can be: neighbours would swap class
 
 
 def _noise(rng, size, cells):
@@ -318,7 +319,7 @@ def _background(rng, size):
     cells = [(max(2, n * size // 96), weight) for n, weight in ((5, 0.5), (9, 0.7), (17, 0.6), (33, 0.5), (65, 0.35))]
     grey = _noise(rng, size, cells)[..., None]
     colour = np.stack([_noise(rng, size, cells[:4]) for _ in range(3)], 2)
-    return 0.45 + 0.15 * grey + 0.05 * (colour - colour.mean(2, keepdims=True))
+    return 0.45 + 0.15 * grey + 0.02 * (colour - colour.mean(2, keepdims=True))
 
 
 def _paint(image, alpha, colour):
@@ -326,19 +327,21 @@ def _paint(image, alpha, colour):
 
 
 def new_object(rng, category):
-    """What an object keeps in every picture of it: category, two colours, and the frequency of its texture."""
-    hue, saturation, value = HUES[category] + rng.normal(0, 0.03), rng.uniform(0.5, 1), rng.uniform(0.65, 1)
-    dark = (hue + rng.normal(0, 0.03), saturation * rng.uniform(0.3, 0.9), value * rng.uniform(0.25, 0.55))
-    return {"category": category, "frequency": rng.uniform(0.8, 1.25), "phase": rng.uniform(0, 2 * math.pi),
+    """What an object keeps in every picture of it: category, two colours, texture, and how it is turned and lit."""
+    hue, saturation, value = HUES[category] + rng.normal(0, 0.02), rng.uniform(0.6, 1), rng.uniform(0.65, 1)
+    dark = (hue + rng.normal(0, 0.02), saturation * rng.uniform(0.5, 1), value * rng.uniform(0.35, 0.6))
+    turn, phase, shade = rng.uniform(0, 2 * math.pi, 3)
+    return {"category": category, "turn": turn, "phase": phase, "shade": shade,
+            "frequency": rng.uniform(0.8, 1.25), "aspect": rng.uniform(0.85, 1.18),
             "light": np.array(colorsys.hsv_to_rgb(hue % 1, saturation, value)),
             "dark": np.array(colorsys.hsv_to_rgb(dark[0] % 1, dark[1], dark[2]))}
 
 
-def _draw_object(image, label, rng, thing, cx, cy, radius):
-    """Paint one object, turned at random, at (cx, cy) with this radius, all in shares of the image."""
+def _draw_object(image, label, thing, cx, cy, radius):
+    """Paint one object at (cx, cy) with this radius, all in shares of the image."""
     size = len(image)
     y, x = np.mgrid[:size, :size] / (size - 1)
-    turn, aspect = rng.uniform(0, 2 * math.pi), rng.uniform(0.85, 1.18)
+    turn, aspect, shade = thing["turn"], thing["aspect"], thing["shade"]
     u = ((x - cx) * math.cos(turn) + (y - cy) * math.sin(turn)) / radius * aspect
     v = ((y - cy) * math.cos(turn) - (x - cx) * math.sin(turn)) / radius / aspect
     r, k, f, p = np.hypot(u, v), thing["category"], thing["frequency"], thing["phase"]
@@ -356,7 +359,6 @@ def _draw_object(image, label, rng, thing, cx, cy, radius):
         texture = 2 * np.cos(11 * f * u) * np.cos(11 * f * v) - 0.6
     alpha = np.clip(0.5 + inside * radius * size, 0, 1)   # one pixel of smooth edge
     mix = np.clip(0.5 + 0.9 * texture, 0, 1)[..., None]
-    shade = rng.uniform(0, 2 * math.pi)
     light = np.clip(1 + 0.25 * (u * math.cos(shade) + v * math.sin(shade)), 0.5, 1.5)[..., None]
     _paint(image, alpha, (thing["light"] * mix + thing["dark"] * (1 - mix)) * light)
     label[alpha > 0.5] = k + 1
@@ -370,19 +372,19 @@ def render(rng, things, size, radius):
     """
     image, label = _background(rng, size), np.zeros((size, size), np.uint8)
     y, x = np.mgrid[:size, :size] / (size - 1)
-    for _ in range(rng.integers(2, 7)):                   # clutter: little blobs and sticks of any colour
+    for _ in range(rng.integers(2, 7)):                   # clutter: little grey blobs and sticks
         cx, cy, r, turn = rng.random(), rng.random(), rng.uniform(0.02, 0.06), rng.uniform(0, 2 * math.pi)
         u = ((x - cx) * math.cos(turn) + (y - cy) * math.sin(turn)) / r
         v = ((y - cy) * math.cos(turn) - (x - cx) * math.sin(turn)) / r * rng.uniform(0.5, 4)
-        colour = colorsys.hsv_to_rgb(rng.random(), rng.uniform(0, 0.8), rng.uniform(0.2, 1))
+        colour = colorsys.hsv_to_rgb(rng.random(), rng.uniform(0, 0.2), rng.uniform(0.2, 1))
         _paint(image, np.clip(0.5 + (1 - np.hypot(u, v)) * r * size, 0, 1), np.array(colour))
     placed = []
     for thing in things:
         for _ in range(40):
-            r, (cx, cy) = rng.uniform(*radius), rng.uniform(0.15, 0.85, 2)
+            r, (cx, cy) = rng.uniform(*radius), rng.uniform(0.2, 0.8, 2)
             if all(math.hypot(cx - a, cy - b) > 0.8 * (r + c) for a, b, c in placed):
                 placed.append((cx, cy, r))
-                _draw_object(image, label, rng, thing, cx, cy, r)
+                _draw_object(image, label, thing, cx, cy, r)
                 break
     turn = rng.uniform(0, 2 * math.pi)
     image *= rng.uniform(0.8, 1.15) + rng.uniform(0, 0.7) * ((x - 0.5) * math.cos(turn) + (y - 0.5) * math.sin(turn))[..., None]
@@ -391,10 +393,10 @@ def render(rng, things, size, radius):
 
 
 def shapes(seed, size=128):
-    """One scene: uint8 (size, size, 3), uint8 (size, size) of 0 background, 1..5 `SHAPES`; one or two objects."""
+    """One scene: uint8 (size, size, 3), uint8 (size, size) of 0 background, 1..5 `SHAPES`; two or three objects."""
     rng = np.random.default_rng(seed)
-    categories = rng.choice(len(SHAPES), rng.integers(1, 3), replace=False)
-    return render(rng, [new_object(rng, int(k)) for k in categories], size, (0.18, 0.33))
+    categories = rng.choice(len(SHAPES), rng.integers(2, 4), replace=False)
+    return render(rng, [new_object(rng, int(k)) for k in categories], size, (0.16, 0.28))
 
 
 class Shapes(Dataset):
@@ -413,8 +415,13 @@ class Shapes(Dataset):
         return shapes(self.ids[i])[1]
 
 
+NAMES = ("shapes", "voc", "voc-aug", "coco80", "cocostuff27", "folder")
+
+
 def dataset(name, root="data", split="train", classes=20, seed=0, cache=None):
     """A data set by its --data name. `classes` is for folder, `seed` for shapes, `cache` for COCO."""
+    if name not in NAMES:
+        raise DataError(f"{name}: no such data set; choose from {', '.join(NAMES)}")
     if name == "shapes":
         return Shapes(split, seed)
     if name in ("voc", "voc-aug"):
@@ -424,26 +431,26 @@ def dataset(name, root="data", split="train", classes=20, seed=0, cache=None):
     return COCO(root, split, name, cache)
 
 
-NAMES = ("shapes", "voc", "voc-aug", "coco80", "cocostuff27", "folder")
-
-
 # ----------------------------------------------------------------------------
 # Crops and augmentation: every number is drawn from (seed, epoch, sample), never from a process's own stream
 
 
-def draw(seed, epoch, sample):
+JITTER = (0.8, 0.8, 0.8, 0.2)                             # of brightness, contrast, saturation; hue in turns (TransFGU)
+
+
+def draw(seed, epoch, sample, jitter=JITTER):
     """The random numbers of one sample in one epoch: (10,) float32.
 
     scale, y, x, flip: a square of 0.4 to 1.0 of the image, uniformly placed, mirrored half the time
-    brightness, contrast, saturation, hue, grey, blur: as ColorJitter(.8, .8, .8, .2) with probability .3,
+    brightness, contrast, saturation, hue, grey, blur: as ColorJitter(*jitter) with probability .3,
     grayscale .2, Gaussian blur of sigma 1 to 2 with .2 (TransFGU; theirs are drawn once a batch)
     """
     rng = np.random.default_rng((seed, epoch, sample))
     u = rng.random(11)
-    scale, jitter = 0.4 + 0.6 * u[0], u[4] < 0.3
+    scale, changed = 0.4 + 0.6 * u[0], u[4] < 0.3
     return np.array([scale, u[1] * (1 - scale), u[2] * (1 - scale), u[3] < 0.5,
-                     *(np.where(jitter, 0.2 + 1.6 * u[5:8], 1)), jitter * (0.4 * u[8] - 0.2), u[9] < 0.2,
-                     (u[10] < 0.2) * (1 + 5 * u[10])], np.float32)
+                     *(1 + changed * (2 * u[5:8] - 1) * jitter[:3]), changed * (2 * u[8] - 1) * jitter[3],
+                     u[9] < 0.2, (u[10] < 0.2) * (1 + 5 * u[10])], np.float32)
 
 
 def crop(image, cam, draws, size, patch, label=None):
@@ -499,16 +506,18 @@ def augment(image, draws):
 def check(data):
     """Every problem of a data set, one line each: missing, unreadable, mismatched files."""
     def look(i):
-        try:
-            data.image(i)
-            data.label(i)
-        except DataError as error:
-            return str(error)
+        found = []
+        for read in (data.image, data.label):
+            try:
+                read(i)
+            except DataError as error:
+                found.append(str(error))
+        return dict.fromkeys(found)                       # once, though a broken image is met by both
     with ThreadPoolExecutor() as pool:
-        return [problem for problem in pool.map(look, range(len(data))) if problem]
+        return [problem for problems in pool.map(look, range(len(data))) for problem in problems]
 
 
-# name: (address, MD5 where one is published, bytes are whatever the host says)
+# name: (address, MD5 where one is published, folder below root to unpack in) of each file
 FILES = {
     "voc": [("http://host.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar", "6cd6e144f989b92b3379bac3b3de84fd", ".")],
     "coco80": [("http://images.cocodataset.org/zips/train2017.zip", None, "images"),
@@ -516,6 +525,14 @@ FILES = {
                ("http://calvin.inf.ed.ac.uk/wp-content/uploads/data/cocostuffdataset/stuffthingmaps_trainval2017.zip", None, "annotations")],
 }
 FILES["cocostuff27"] = FILES["coco80"]
+
+
+def _md5(file):
+    digest = hashlib.md5()
+    with open(file, "rb") as f:
+        while chunk := f.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def fetch(url, file, md5=None):
@@ -527,33 +544,35 @@ def fetch(url, file, md5=None):
     have = part.stat().st_size if part.exists() else 0
     try:
         request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-        with urllib.request.urlopen(request, timeout=60) as reply:
-            have = have if reply.status == 206 else 0     # 200: this host starts from the beginning
+        with urllib.request.urlopen(request, timeout=60) as reply, open(part, "ab" if reply.status == 206 else "wb") as out:
+            have = out.tell()                             # 0 without 206: this host starts from the beginning
             total = have + int(reply.headers.get("Content-Length") or 0)
-            with open(part, "ab" if have else "wb") as out:
+            try:
                 while chunk := reply.read(1 << 20):
                     out.write(chunk)
                     have += len(chunk)
                     print(f"\r{file.name}: {have >> 20} of {total >> 20} MB", end="", file=sys.stderr)
-        print(file=sys.stderr)
+            finally:
+                print(file=sys.stderr)
     except urllib.error.HTTPError as error:
-        if error.code != 416:                             # 416: nothing is missing any more
+        if error.code != 416 or not have:
             raise DataError(f"{url}: {error}; give another address with --url") from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{url}: {_reason(error)}; {have >> 20} MB are kept, the same command goes on; "
-                        f"another address is given with --url, or unpack it yourself (README, Data)") from None
+        whole = (error.headers.get("Content-Range") or "").rpartition("/")[2]
+        if whole.isdigit() and int(whole) != have:        # 416: nothing is missing any more, or there never was as much
+            part.unlink()
+            raise DataError(f"{url}: has {whole} bytes, {part} had {have} and was removed; run the same command again") from None
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise DataError(f"{url}: {_reason(getattr(error, 'reason', error))}; {have >> 20} MB are kept, the same command goes "
+                        f"on; another address is given with --url, or unpack it yourself (README, Data)") from None
     else:
         if have < total:
-            raise DataError(f"{url}: broke off after {have >> 20} of {total >> 20} MB; the same command goes on")
-    digest = hashlib.md5()
-    with open(part, "rb") as f:
-        while chunk := f.read(1 << 20):
-            digest.update(chunk)
-    if md5 and digest.hexdigest() != md5:
+            raise DataError(f"{url}: broke off after {have} of {total} bytes; the same command goes on from there")
+    digest = _md5(part)
+    if md5 and digest != md5:
         part.unlink()
-        raise DataError(f"{url}: MD5 {digest.hexdigest()}, expected {md5}; the file was removed, try again or another --url")
+        raise DataError(f"{url}: MD5 {digest}, expected {md5}; the file was removed, try again or another --url")
     part.replace(file)
-    return digest.hexdigest()
+    return digest
 
 
 def unpack(file, folder):
@@ -567,24 +586,37 @@ def unpack(file, folder):
             with zipfile.ZipFile(file) as archive:
                 for name in archive.namelist():
                     if not (folder / name).resolve().is_relative_to(folder.resolve()):
-                        raise DataError(f"{file}: {name} leads out of the folder; nothing was unpacked")
+                        raise DataError(f"{file}: {name} leads out of the folder; nothing was unpacked, try another --url")
                 archive.extractall(folder)
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError) as error:
-        raise DataError(f"{file}: cannot unpack ({_reason(error)})") from None
+    except DataError:
+        raise
+    except Exception as error:                            # zlib, lzma, zipfile and tarfile each have their own kinds
+        raise DataError(f"{file}: cannot unpack ({_reason(error)}); remove it and get it again") from None
 
 
 def download(name, root, url=None):
-    """Fetch and unpack the files of data set `name` below root; `url` replaces the (first) address."""
+    """Fetch and unpack the files of data set `name` below root, or only the one at `url`.
+
+    Under the name of a published file it must have the published MD5; under another (voc only) it is taken as it is.
+    """
     if name not in FILES:
         raise DataError(f"{name}: nothing to download; " + (
             "VOC comes with --download voc; SegmentationClassAug and train_aug.txt (SBD) lie on file-sharing links, "
             "see README, Data" if name == "voc-aug" else "it has no files of its own"))
-    files = FILES[name] if url is None else [(url, None if len(FILES[name]) > 1 else FILES[name][0][1], FILES[name][0][2])]
+    file_name = lambda address: Path(urllib.parse.urlsplit(address).path).name
+    files = FILES[name]
+    if url:
+        names = {file_name(address): (md5, below) for address, md5, below in files}
+        if not file_name(url) or file_name(url) not in names and len(files) > 1:
+            raise DataError(f"{url}: which file is this? the address must end in {' or '.join(names)}")
+        files = [(url, *names.get(file_name(url), (None, files[0][2])))]
     for address, md5, below in files:
-        file = Path(root) / address.rsplit("/", 1)[1]
+        file = Path(root) / file_name(address)
         file.parent.mkdir(parents=True, exist_ok=True)
-        digest = md5 if file.exists() else fetch(address, file, md5)
-        print(f"{file}: MD5 {digest or 'not published, not checked'}; unpacking")
+        digest = _md5(file) if file.exists() else fetch(address, file, md5)
+        if md5 and digest != md5:
+            raise DataError(f"{file}: MD5 {digest}, expected {md5}; remove it and run the same command again")
+        print(f"{file}: MD5 {digest}, {'as published' if md5 else 'nothing published to compare with'}; unpacking")
         unpack(file, Path(root) / below)
 
 
@@ -609,12 +641,15 @@ def sheet():
 
 
 def main():
-    p = argparse.ArgumentParser(description="Show, check or download data sets.")
+    p = argparse.ArgumentParser(description="Show, check or download data sets.", epilog=__doc__.split("\n\n")[2],
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--check", action="store_true", help="read every file of --data and name each that is missing or broken")
     p.add_argument("--download", metavar="DATA", choices=tuple(FILES) + ("voc-aug",), help="fetch and unpack: voc, coco80, cocostuff27")
-    p.add_argument("--url", help="another address for --download (the first file of the set)")
+    p.add_argument("--url", help="another address for --download, when a host has moved: fetches only this file. Under the "
+                   "name of a published file it must have the published MD5, where there is one; under another name (voc "
+                   "only) it is taken as it is and its MD5 shown")
     p.add_argument("--data", choices=NAMES, default="shapes", help="data set to check (default: shapes)")
-    p.add_argument("--root", default="data", help="folder of the data sets (default: data)")
+    p.add_argument("--root", default="data", help="folder of the data sets, or of the images for folder (default: data)")
     args = p.parse_args()
     try:
         if args.download:

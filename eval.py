@@ -179,20 +179,22 @@ def stages(network, checkpoint, image, par):
              prediction (B, S, S)
     """
     size, background = image.shape[1:3], checkpoint["background"]
-    pixels, normalised = normalise(image)
+    device = network.vit.cls_token.device
+    pixels, normalised = normalise(torch.from_numpy(image).to(device))
     upsample = lambda p: F.interpolate(p, size=size, mode="bilinear")
     refine = upsample if par is None else lambda p: par(pixels, p)
     with torch.no_grad():
         _, A, _ = cam.last_attention(network.vit, normalised)
         attention = A[:, :, 1:].mean(1).unflatten(1, cam.patch_grid(network.vit, normalised))
-        maps = cam.class_activation_maps(network.vit, normalised, checkpoint["centroids"])
+        maps = cam.class_activation_maps(network.vit, normalised, checkpoint["centroids"].to(device))
         features, rates = network.features(normalised), checkpoint["rates"]
         teacher, student = (network.decode(head, features, rates)[0] for head in (network.teacher, network.student))
         coarse, _, _ = losses.pseudo_label(maps, None, upsample, 0, background, checkpoint["args"]["background"])
         pseudo, _, _ = losses.pseudo_label(maps, teacher if checkpoint["teacher_on"] else None, refine,
                                            checkpoint["args"]["teacher_weight"], background, checkpoint["args"]["background"])
-    return (attention / attention.amax((1, 2), keepdim=True), maps, coarse.numpy(), upsample(teacher).argmax(1).numpy(),
-            pseudo.numpy(), upsample(student).argmax(1).numpy())
+    attention = attention / attention.amax((1, 2), keepdim=True)
+    masks = (coarse, upsample(teacher).argmax(1), pseudo, upsample(student).argmax(1))
+    return attention.cpu(), maps.cpu(), *(m.cpu().numpy() for m in masks)
 
 
 def grey(maps, size):

@@ -29,20 +29,23 @@ def permutation_weight(t):
 # Pseudo label: CAM and teacher, fused (Fig. 2)
 
 
-def cam_probabilities(cam, background=True, threshold=THRESHOLD):
+def min_max(cam):
+    """Per image over all K maps: (B, K, h, w) of any scale -> [0, 1]. Constant maps become 0, not NaN."""
+    low, high = cam.amin((1, 2, 3), keepdim=True), cam.amax((1, 2, 3), keepdim=True)
+    return (cam - low) / (high - low).clamp(min=1e-12)
+
+
+def cam_probabilities(cam, background=True, threshold=THRESHOLD, scaled=False):
     """Class activation maps on one scale, with a background channel (TransFGU).
 
-    cam         (B, K, h, w)  any scale
+    cam         (B, K, h, w)  any scale; `scaled`: crops of maps that went through `min_max` as whole images
     background  put a channel relu(threshold - max_k) first: it wins where all maps are below threshold / 2
     returns     (B, K + 1, h, w) or, without background, (B, K, h, w); in [0, 1], not summing to 1
-
-    Minimum and maximum are taken per image over all K maps. Constant maps become 0, not NaN.
     """
-    low, high = cam.amin((1, 2, 3), keepdim=True), cam.amax((1, 2, 3), keepdim=True)
-    scaled = (cam - low) / (high - low).clamp(min=1e-12)
+    maps = cam if scaled else min_max(cam)
     if not background:
-        return scaled
-    return torch.cat([F.relu(threshold - scaled.amax(1, keepdim=True)), scaled], dim=1)
+        return maps
+    return torch.cat([F.relu(threshold - maps.amax(1, keepdim=True)), maps], dim=1)
 
 
 def fuse(cam_probabilities, teacher_logits, teacher_weight):
@@ -53,16 +56,16 @@ def fuse(cam_probabilities, teacher_logits, teacher_weight):
     return (1 - teacher_weight) * cam_probabilities + teacher_weight * teacher_logits.softmax(1)
 
 
-def pseudo_label(cam, teacher_logits, refine, teacher_weight, background=True, threshold=THRESHOLD):
+def pseudo_label(cam, teacher_logits, refine, teacher_weight, background=True, threshold=THRESHOLD, scaled=False):
     """The upper half of Fig. 2: CAM, fused with the teacher, refined -> the label that the student learns.
 
-    cam             (B, K, h, w)
+    cam             (B, K, h, w); background, threshold, scaled as in `cam_probabilities`
     teacher_logits  (B, N, h, w), or None before the teacher starts: CAM alone
     refine          from (B, N, h, w) to (B, N, H, W), the size of the losses: PAR with the image, or an upsampling
     returns         label (B, H, W) int64; foreground (B, H, W) bool, the pixels of L_un: those whose CAM exceeds
                     the threshold in any class, or all where there is no background; refined (B, N, H, W)
     """
-    probabilities = cam_probabilities(cam, background, threshold)                 # (B, N, h, w)
+    probabilities = cam_probabilities(cam, background, threshold, scaled)         # (B, N, h, w)
     if background:
         foreground = probabilities[:, 1:].amax(1, keepdim=True) > threshold       # (B, 1, h, w)
     else:

@@ -11,7 +11,6 @@ not depend on the number of processes.
 
 import argparse
 import contextlib
-import copy
 import datetime
 import hashlib
 import json
@@ -34,7 +33,7 @@ import data
 from aspp import DEEPLAB_RATES, dilation_rates
 from eval import (CheckpointError, GROUP, confusion_matrix, curves, evaluate, groups, load_checkpoint, normalise, panels,
                   scores)
-from losses import ALPHA, cam_probabilities, dmsa_losses, permutation_weight, pixel_counts, pseudo_label
+from losses import cam_probabilities, dmsa_losses, min_max, permutation_weight, pixel_counts, pseudo_label
 from model import BACKBONES, DMSA, Head, WeightsError, backbone
 from par import PAR
 
@@ -48,7 +47,7 @@ COMMON = dict(
     lambdas=(0.1, 1.0, 0.3, 1.0),                         # of Eq. 6: seg, CE, un, cls (decision 16)
     background=0.1, teacher_weight=0.7,                   # decisions 9 and 11
     teacher_start=5, intervals=(5, 5, 5, 5, 4, 4, 4, 4, 4, 3),   # epochs of CAM alone; of --teacher reset, by decade
-    par=(1, 2, 4, 8), aspp="dynamic", teacher="ema", momentum=0.99, dropout=0.0, losses_at="crop")
+    par=(1, 2, 4, 8), cam_scale="image", aspp="dynamic", teacher="ema", momentum=0.99, dropout=0.0, losses_at="crop", jitter=data.JITTER)
 SETTINGS = {
     "shapes": COMMON | dict(backbone="tiny", size=128, crop=96, bank=128, window=96, batch=32, epochs=10, lr=1e-3,
                             background=0.3, lambdas=(0.3, 1.0, 0.3, 1.0), teacher_start=2, intervals=(2,)),
@@ -61,7 +60,7 @@ SETTINGS = {
 }
 # Rows of the paper's tables that are not DMSA. In the released code ASPP never reaches the tokens and PAR is
 # commented out, so that it is TransFGU with L_seg and another fusion weight (README, "What the released code does").
-TRANSFGU = dict(aspp="none", par=(), teacher="reset", teacher_weight=0.5, dropout=0.1, losses_at="patches",
+TRANSFGU = dict(aspp="none", par=(), cam_scale="crop", teacher="reset", teacher_weight=0.5, dropout=0.1, losses_at="patches",
                 lambdas=(0.0, 1.0, 0.3, 1.0))
 ROWS = {"dmsa": {}, "transfgu": TRANSFGU, "released": TRANSFGU | dict(teacher_weight=0.7, lambdas=(0.3, 1.0, 0.3, 1.0))}
 
@@ -109,7 +108,9 @@ def parse(argv=None):
     m.add_argument("--teacher-start", type=int, metavar="EPOCHS", help=f"epochs of CAM alone before the teacher takes part {by_data}")
     m.add_argument("--momentum", type=float, metavar="M", help="of the moving average, 0 to 1 (default: 0.99)")
     m.add_argument("--background", type=float, metavar="T", help="CAM below half of it is background, 0 to 1 (default: 0.1, TransFGU's; shapes 0.3)")
+    m.add_argument("--cam-scale", choices=("image", "crop"), help="what CAM's minimum and maximum are taken of; crop is TransFGU's (default: image)")
     m.add_argument("--lambdas", type=float, nargs=4, metavar=("SEG", "CE", "UN", "CLS"), help=f"weights of Eq. 6 {by_data}")
+    m.add_argument("--jitter", type=float, nargs=4, metavar=("B", "C", "S", "H"), help="of brightness, contrast, saturation, 0 to 1, and hue in turns (default: 0.8 0.8 0.8 0.2, TransFGU's)")
     m.add_argument("--dropout", type=float, metavar="P", help="in the decoder; then results depend on the number of processes (default: 0)")
     args = p.parse_args(argv)
     for name, value in (SETTINGS[args.data] | ROWS[args.preset]).items():
@@ -222,7 +223,7 @@ def cache(folder, name, key, n, shape, dtype, compute):
             print(f"\r{name}: {count} of {len(missing)} groups, {left:.0f} s left ", end="\n" if count == len(missing) else "", file=sys.stderr)
     array.flush()
     wait()
-    return np.load(file, mmap_mode="r")["x"]
+    return np.load(file, mmap_mode="c")["x"]                # copy on write: nothing goes back to the file
 
 
 def fingerprint(source):
@@ -260,8 +261,8 @@ def prepare(args, vit, digest, device):
                 centroids = find_centroids(args, vit, digest, device, source, prints, folder, pool)
             K, grid = len(centroids), S // vit.patch_size
             key = [prints, S, digest, args.scales, args.bank, args.window, args.seed, hashlib.sha256(centroids.numpy().tobytes()).hexdigest()]
-            maps[split] = cache(folder, f"{args.data}-{split}-cam", key, n, (K, grid, grid), "<f2", lambda g: cam.class_activation_maps(
-                vit, normalise(images[split][g.start:g.stop])[1].to(device), centroids.to(device)).cpu().numpy())
+            maps[split] = cache(folder, f"{args.data}-{split}-cam", key, n, (K, grid, grid), "<f2", lambda g: min_max(cam.class_activation_maps(
+                vit, normalise(images[split][g.start:g.stop])[1].to(device), centroids.to(device))).cpu().numpy())
     return sources, images, labels, maps, centroids
 
 
@@ -372,13 +373,9 @@ def batches(args, images, maps, epoch, first, device):
 
     def load(step):
         parts = order[step * args.batch:(step + 1) * args.batch].reshape(args.accumulate, WORLD, -1)[:, RANK]
-        out = []
-        for samples in parts:
-            rows = samples % len(images)
-            pixels = torch.from_numpy(np.stack([images[i] for i in rows]))
-            draws = np.stack([data.draw(args.seed, epoch, int(s)) for s in samples])
-            out.append((samples, pixels, torch.from_numpy(np.stack([maps[i] for i in rows])), torch.from_numpy(draws)))
-        return out
+        return [(samples, torch.from_numpy(np.stack([images[s % len(images)] for s in samples])),
+                 torch.from_numpy(np.stack([maps[s % len(images)] for s in samples])),
+                 torch.from_numpy(np.stack([data.draw(args.seed, epoch, int(s), args.jitter) for s in samples]))) for samples in parts]
 
     with ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(load, first) if first < steps else None
@@ -387,195 +384,246 @@ def batches(args, images, maps, epoch, first, device):
             parts = ahead.result()
             waited = time.time() - begin
             ahead = pool.submit(load, step + 1) if step + 1 < steps else None
-            yield step, [(samples, pixels.to(device).permute(0, 3, 1, 2).float() / 255, cams.to(device).float(), draws.to(device))
-                         for samples, pixels, cams, draws in parts], waited
+            yield step, [(samples, image.to(device).permute(0, 3, 1, 2).float() / 255, cams.to(device).float(), draws.to(device))
+                         for samples, image, cams, draws in parts], waited
+
+
+class Trainer:
+    """Network, optimizer and position of a run; `pseudo_labels` and `learn` are the two halves of Fig. 2."""
+
+    def __init__(self, args, vit, source, centroids, device, state):
+        self.args, self.source, self.centroids, self.device, N = args, source, centroids, device, len(source.names)
+        self.network = DMSA(vit, N, args.aspp != "none", args.dropout, args.momentum)
+        self.network.student.load_state_dict(new_head(args, vit.embed_dim, N).state_dict())
+        self.network.teacher.module.load_state_dict(self.network.student.state_dict())
+        self.network.to(device).train()
+        self.params = list(self.network.student.parameters())
+        self.optimizer = torch.optim.Adam([               # L2, not decoupled, none on biases and norms: as the peers
+            {"params": [p for p in self.params if p.ndim > 1], "weight_decay": 5e-4},
+            {"params": [p for p in self.params if p.ndim <= 1], "weight_decay": 0.0}], lr=args.lr)
+        self.run = {"epoch": 0, "position": 0, "step": 0, "best": -1.0, "best_epoch": 0, "cam": {}, "assignment": list(range(N))}
+        if state:
+            self.network.student.load_state_dict(state["student"])
+            self.network.teacher.load_state_dict(state["teacher"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.run = {k: state[k] for k in self.run}
+        self.par = PAR(tuple(args.par)) if args.par else None
+        first = 1 if source.background else 0             # things are the second half of L_seg (decision 13)
+        self.thing = torch.tensor([first <= n < first + source.things for n in range(N)], device=device)
+        self.bf16 = args.precision == "bf16" or args.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
+
+    def low_precision(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def upsample(self, maps):
+        crop = self.args.losses_at == "crop"              # decision 18
+        return F.interpolate(maps, size=(self.args.crop, self.args.crop), mode="bilinear") if crop else maps
+
+    def rates(self, epoch):
+        return DEEPLAB_RATES if self.args.aspp == "static" else dilation_rates(epoch)
+
+    def replace_teacher(self):
+        """TransFGU: the teacher becomes the student, the student starts anew; Adam's state is kept."""
+        self.network.teacher.module.load_state_dict(self.network.student.state_dict())
+        self.network.student.load_state_dict(new_head(self.args, self.network.vit.embed_dim, len(self.source.names)).state_dict())
+
+    @torch.no_grad()
+    def pseudo_labels(self, parts, epoch):
+        """Fig. 2, top. Returns [(features, label, foreground)] of the parts, and the sums of their pixel counts (4,)."""
+        args, network, out, counts = self.args, self.network, [], torch.zeros(4, dtype=torch.int64, device=self.device)
+        for _, image, cams, draws in parts:
+            image, cams, _ = data.crop(image, cams, draws, args.crop, network.vit.patch_size)
+            with self.low_precision():
+                features = network.features(to_dino(data.augment(image, draws)))            # once for both heads
+                teacher = None
+                if teacher_age(args, epoch) is not None:
+                    teacher = network.decode(network.teacher, features, self.rates(epoch))[0].float()
+            refine = self.upsample if self.par is None else lambda maps: self.par(image, maps)
+            label, foreground, _ = pseudo_label(cams, teacher, refine, args.teacher_weight, self.source.background,
+                                                args.background, args.cam_scale == "image")
+            out.append((features, label, foreground))
+            counts += pixel_counts(label, foreground, self.thing)
+        return out, counts
+
+    def learn(self, parts, counts, epoch):
+        """Fig. 2, bottom: losses and gradients of the parts of `pseudo_labels`, summed over all processes; one step.
+
+        counts (4,) of the whole batch. Returns the losses {"seg", "ce", "un", "cls", "all"} and whether all is finite
+        in words: "" or what is not.
+        """
+        args, network, age, N = self.args, self.network, teacher_age(self.args, epoch), len(self.source.names)
+        permutation, alpha = None, 0.0
+        if age is not None:                               # one for the whole batch, the same on every process
+            rng = np.random.default_rng((args.seed, epoch, self.run["step"], 0))
+            permutation, alpha = torch.from_numpy(rng.permutation(N)).to(self.device), permutation_weight(age)
+        values = torch.zeros(5, device=self.device)
+        self.optimizer.zero_grad()
+        for features, label, foreground in parts:
+            with self.low_precision():
+                logits, class_embeddings = network.decode(network.student, features, self.rates(epoch))
+            loss = dmsa_losses(self.upsample(logits.float()), class_embeddings.float(), label, foreground, counts, self.thing,
+                               args.lambdas, self.source.background, permutation, alpha)
+            loss["all"].backward()
+            values += torch.stack([v.detach() for v in loss.values()])
+        sums = summed(torch.cat([p.grad.flatten() for p in self.params] + [values]))        # counts are global: no mean
+        *gradients, values = sums.split([p.numel() for p in self.params] + [5])
+        values = dict(zip(loss, values.tolist()))
+        wrong = not_finite(values, gradients, network.student)
+        if not wrong:
+            for p, g in zip(self.params, gradients):
+                p.grad.copy_(g.view_as(p).clamp(-1, 1))
+            self.optimizer.step()
+            if args.teacher == "ema":
+                network.teacher.update_parameters(network.student)
+        return values, wrong
+
+    def checkpoint(self):
+        """All that resuming, predicting and explaining need: tensors and plain values."""
+        epoch = max(1, self.run["epoch"] + (self.run["position"] > 0))
+        return self.run | {
+            "args": vars(self.args), "names": self.source.names, "background": self.source.background, "centroids": self.centroids,
+            "rates": list(self.rates(epoch)), "teacher_on": teacher_age(self.args, epoch) is not None,
+            "vit": self.network.vit.state_dict(), "student": self.network.student.state_dict(),
+            "teacher": self.network.teacher.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def save(self, *names):
+        """Write checkpoints on the first process; if that fails, all leave together with RunError."""
+        error = ""
+        if RANK == 0:
+            try:
+                for name in names:
+                    save(self.checkpoint(), Path(self.args.out) / name)
+            except RunError as failure:
+                error = str(failure)
+        if summed(torch.tensor(len(error), device=self.device)).item():
+            raise RunError(error or "the first process could not write the checkpoint")
+
+
+def to_dino(image):
+    """Image (B, 3, H, W) in 0..1 -> normalised as DINO was trained."""
+    return normalise((image * 255).permute(0, 2, 3, 1))[1]
+
+
+def not_finite(values, gradients, student):
+    """Names of the losses, or else of the gradients, that are not finite; "" if all are."""
+    wrong = [name for name, value in values.items() if not math.isfinite(value)]
+    wrong = wrong or ["gradient of " + name for (name, _), g in zip(student.named_parameters(), gradients) if not g.isfinite().all()]
+    return ", ".join(wrong[:3])
+
+
+def score_cam(args, source, maps, labels, device):
+    """How good the coarse labels are before any training: mIoU and accuracy on val, printed beside the trivial answer."""
+    total = torch.zeros(len(source.names), len(source.names), dtype=torch.int64)
+    for group in groups(len(labels), RANK, WORLD):
+        probabilities = cam_probabilities(torch.from_numpy(maps[group.start:group.stop].astype(np.float32)), source.background,
+                                          args.background, scaled=True)
+        masks = F.interpolate(probabilities, size=labels.shape[1:], mode="bilinear").argmax(1)
+        total += confusion_matrix(labels[group.start:group.stop], masks, len(source.names))
+    total = summed(total.to(device)).cpu()
+    coarse, trivial = scores(total), torch.zeros_like(total)
+    trivial[:, 0] = total.sum(1)
+    trivial = scores(trivial)
+    say(f"CAM labels on val: mIoU {coarse['miou']:.2f} accuracy {coarse['accuracy']:.2f}; all pixels as the most frequent class: "
+        f"mIoU {trivial['miou']:.2f} accuracy {trivial['accuracy']:.2f}")
+    return {"cam_miou": coarse["miou"], "cam_accuracy": coarse["accuracy"]}
 
 
 def train(args, device, stop):
-    """The whole run: prepare, loop, evaluate, save. Returns the last evaluation, or the number of the signal that ended it."""
+    """The whole run: prepare, loop, evaluate, save. Returns the number of the signal that ended it, or 0."""
     out = Path(args.out)
     state = resume(args, out)
     if state and state["epoch"] >= args.epochs:
         say(f"{out}: this run is finished ({state['epoch']} epochs); raise --epochs to go on, or use another --out")
-        return None
+        return 0
     if RANK == 0 or LOCAL == 0:                           # one process of each machine fetches the weights
         backbone(args.backbone, args.weights)
     wait()
     vit, weights, digest = backbone(args.backbone, args.weights)
     say(f"{args.backbone}: {weights}, SHA-256 {digest}")
-    vit = vit.to(device).eval().requires_grad_(False)
-    sources, images, labels, maps, centroids = prepare(args, vit, digest, device)
-    source, n_classes = sources["train"], len(sources["train"].names)
-    if len(images["train"]) * args.repeat < args.batch:
+    sources, images, labels, maps, centroids = prepare(args, vit.to(device).eval().requires_grad_(False), digest, device)
+    source, samples = sources["train"], len(images["train"]) * args.repeat
+    if samples < args.batch:
         raise RunError(f"--batch {args.batch}: larger than an epoch of {len(images['train'])} images x {args.repeat}; lower it")
-
-    network = DMSA(vit, n_classes, args.aspp != "none", args.dropout, args.momentum)
-    network.student = new_head(args, vit.embed_dim, n_classes)
-    network.teacher.module.load_state_dict(network.student.state_dict())
-    network.to(device).train()
-    params = [p for p in network.student.parameters()]
-    optimizer = torch.optim.Adam([                        # L2, as the peers: not decoupled; none on biases and norms
-        {"params": [p for p in params if p.ndim > 1], "weight_decay": 5e-4},
-        {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0}], lr=args.lr)
-    run = {"epoch": 0, "position": 0, "step": 0, "best": -1.0, "best_epoch": 0, "cam": {}, "assignment": list(range(n_classes))}
+    trainer = Trainer(args, vit, source, centroids, device, state)
+    run, network, log, last = trainer.run, trainer.network, out / "log.jsonl", samples // args.batch - 1
     if state:
-        network.student.load_state_dict(state["student"])
-        network.teacher.load_state_dict(state["teacher"])
-        optimizer.load_state_dict(state["optimizer"])
-        run = {k: state[k] for k in run}
         say(f"{out}: going on after epoch {run['epoch']}, step {run['step']}")
-    par = PAR(tuple(args.par)) if args.par else None
-    thing = torch.arange(n_classes, device=device) >= 1 if source.background else torch.arange(n_classes, device=device) < source.things
-    bf16 = args.precision == "bf16" or args.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
-    low_precision = lambda: torch.autocast(device.type, torch.bfloat16, enabled=bf16)
-    crop_size = (args.crop, args.crop)
-    upsample = lambda maps: F.interpolate(maps, size=crop_size, mode="bilinear") if args.losses_at == "crop" else maps
-    rates_of = lambda epoch: DEEPLAB_RATES if args.aspp == "static" else dilation_rates(epoch)
-    log = out / "log.jsonl"
-    if RANK == 0:
-        kept = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= run["step"]] if log.exists() and state else []
-        log.write_text("".join(f"{line}\n" for line in kept))
+    if RANK == 0:                                         # lines after the checkpoint will be written again
+        lines = log.read_text().splitlines(True) if state and log.exists() else []
+        log.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= run["step"]))
+    if labels is not None and not run["cam"]:
+        run["cam"] = score_cam(args, source, maps["val"], labels, device)
 
-    def checkpoint():
-        whole = run | {"args": vars(args), "names": source.names, "background": source.background, "centroids": centroids,
-                       "rates": list(rates_of(max(1, run["epoch"] + bool(run["position"])))), "vit": vit.state_dict(),
-                       "teacher_on": teacher_age(args, max(1, run["epoch"] + bool(run["position"]))) is not None,
-                       "student": network.student.state_dict(), "teacher": network.teacher.state_dict(), "optimizer": optimizer.state_dict()}
-        return copy.deepcopy(whole)
-
-    def write(*files):
-        """All processes leave together if the first one cannot write."""
-        error = ""
-        if RANK == 0:
-            try:
-                for file in files:
-                    save(checkpoint(), out / file)
-            except RunError as failure:
-                error = str(failure)
-        if summed(torch.tensor(len(error), device=device)).item():
-            raise RunError(error or "another process could not write the checkpoint")
-
-    if labels is not None and not run["cam"]:             # how good the coarse labels are, before any training
-        total = torch.zeros(n_classes, n_classes, dtype=torch.int64)
-        for group in groups(len(labels), RANK, WORLD):
-            probabilities = cam_probabilities(torch.from_numpy(maps["val"][group.start:group.stop]).float(), source.background, args.background)
-            masks = F.interpolate(probabilities, size=labels.shape[1:], mode="bilinear").argmax(1)
-            total += confusion_matrix(labels[group.start:group.stop], masks, n_classes)
-        coarse, truth = scores(summed(total.to(device)).cpu()), torch.from_numpy(np.ascontiguousarray(labels))
-        share = torch.bincount(truth[truth < n_classes].long().flatten(), minlength=n_classes).double()
-        run["cam"] = {"cam_miou": coarse["miou"], "cam_accuracy": coarse["accuracy"]}
-        frequent = 100 * share.max().item() / max(share.sum().item(), 1)
-        say(f"CAM labels on val: mIoU {coarse['miou']:.2f} accuracy {coarse['accuracy']:.2f}; everything as the most frequent class: "
-            f"mIoU {frequent / max((share > 0).sum().item(), 1):.2f} accuracy {frequent:.2f}")
-
-    stop.finish_step, result = True, None
-    while run["epoch"] < args.epochs:
-        epoch = run["epoch"] + 1                          # Table 1 counts from 1
-        rates, age = rates_of(epoch), teacher_age(args, epoch)
-        if args.teacher == "reset" and age == 0 and run["position"] == 0:
-            network.teacher.module.load_state_dict(network.student.state_dict())
-            network.student.load_state_dict(new_head(args, vit.embed_dim, n_classes).state_dict())
-        begin, waited, sums, seen = time.time(), 0.0, {}, 0
-        last_step = len(images["train"]) * args.repeat // args.batch - 1
-        for position, parts, seconds in batches(args, images["train"], maps["train"], epoch, run["position"], device):
-            torch.manual_seed((args.seed * 1_000_003 + run["step"]) * 1_009 + RANK)   # for dropout only
-            chance = np.random.default_rng((args.seed, epoch, position, 0))
-            permutation = torch.from_numpy(chance.permutation(n_classes)).to(device) if age is not None else None
-            todo, counts = [], torch.zeros(4, dtype=torch.int64, device=device)
-            with torch.no_grad():                         # Fig. 2, top: features once, teacher, pseudo label
-                for samples, image, cams, draws in parts:
-                    image, cams, _ = data.crop(image, cams, draws, args.crop, vit.patch_size)
-                    with low_precision():
-                        features = network.features(normalised(data.augment(image, draws)))
-                        teacher = network.decode(network.teacher, features, rates)[0].float() if age is not None else None
-                    refine = upsample if par is None else lambda p: par(image, p)
-                    label, foreground, _ = pseudo_label(cams, teacher, refine, args.teacher_weight, source.background, args.background)
-                    todo.append((features, label, foreground))
-                    counts += pixel_counts(label, foreground, thing)
-            signals = torch.zeros(65, dtype=torch.int64, device=device)
-            signals[stop.signal] += stop.signal > 0
-            counts, signals = summed(torch.cat([counts, signals])).split([4, 65])      # of the whole batch
-
-            values = torch.zeros(5, device=device)
-            optimizer.zero_grad()
-            for features, label, foreground in todo:      # Fig. 2, bottom: student and Eq. 6
-                with low_precision():
-                    logits, class_embeddings = network.decode(network.student, features, rates)
-                loss = dmsa_losses(upsample(logits.float()), class_embeddings.float(), label, foreground, counts, thing,
-                                   args.lambdas, source.background, permutation, permutation_weight(age) if age is not None else 0.0)
-                loss["all"].backward()
-                values += torch.stack([v.detach() for v in loss.values()])
-            gradient = torch.cat([p.grad.flatten() for p in params] + [values])         # sums: counts are global
-            *gradients, values = summed(gradient).split([p.numel() for p in params] + [5])
-            values = dict(zip(loss, values.tolist()))
-            check_finite(values, gradients, network.student, run["step"] + 1, [s for samples, *_ in parts for s in samples], source)
-            for p, g in zip(params, gradients):
-                p.grad.copy_(g.view_as(p).clamp(-1, 1))
-            optimizer.step()
-            if args.teacher == "ema":
-                network.teacher.update_parameters(network.student)
-            run["step"], run["position"] = run["step"] + 1, position + 1
-            waited, seen = waited + seconds, seen + args.batch
-            for name, value in values.items():
-                sums[name] = sums.get(name, 0.0) + value
-            record = {"epoch": epoch, "step": run["step"], **values, "rates": list(rates), "lr": args.lr}
-            if position == last_step:
-                elapsed = time.time() - begin
+    stop.finish_step = True
+    for epoch in range(run["epoch"] + 1, args.epochs + 1):           # Table 1 counts from 1
+        if args.teacher == "reset" and teacher_age(args, epoch) == 0 and run["position"] == 0:
+            trainer.replace_teacher()
+        begin, waited, first, sums = time.time(), 0.0, run["position"], {}
+        for position, parts, seconds in batches(args, images["train"], maps["train"], epoch, first, device):
+            torch.manual_seed(args.seed + 1009 * run["step"] + 31 * RANK)                   # only dropout draws from it
+            todo, counts = trainer.pseudo_labels(parts, epoch)
+            signals = F.one_hot(torch.tensor(stop.signal, device=device), 65)
+            counts, signals = summed(torch.cat([counts, signals])).split([4, 65])
+            values, wrong = trainer.learn(todo, counts, epoch)
+            if wrong:                                     # on all processes alike: the sums are the same
+                names = [source.ids[s % len(source)] for part in parts for s in part[0]]
+                raise FloatingPointError(f"step {run['step'] + 1}: {wrong} not finite; samples of process {RANK}: "
+                                         f"{names[:8]}{' ...' if len(names) > 8 else ''}; the last checkpoint is kept")
+            run["step"], run["position"], waited = run["step"] + 1, position + 1, waited + seconds
+            sums = {k: sums.get(k, 0.0) + v for k, v in values.items()}
+            record = {"epoch": epoch, "step": run["step"], **values, "rates": list(trainer.rates(epoch)), "lr": args.lr}
+            ended_by = int(signals[1:].nonzero()[0]) + 1 if signals[1:].any() else 0
+            if position == last:
+                elapsed, steps = time.time() - begin, last + 1 - first
                 peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-                record |= {"images_per_s": seen / elapsed, "data_wait": waited / elapsed, "peak_gb": peak / 1e9}
+                record |= {"images_per_s": steps * args.batch / elapsed, "data_wait": waited / elapsed, "peak_gb": peak / 1e9}
                 if labels is not None:
-                    network.eval()
-                    total = evaluate(network, images["val"], labels, rates, device, RANK, WORLD)
-                    network.train()
-                    result = scores(summed(total.to(device)).cpu())
-                    run["assignment"] = result["assignment"].tolist()
-                    record |= {"miou": result["miou"], "accuracy": result["accuracy"], **run["cam"],
-                               "clusters": result["clusters"], "entropy": result["entropy"]}
+                    record |= score(trainer, images["val"], labels, epoch)
             if RANK == 0:
                 with open(log, "a") as f:
                     f.write(json.dumps(record) + "\n")
-            if signals.any() and position < last_step:
-                write("last.pt")
-                return int(signals.nonzero()[0])
-        run["epoch"], run["position"] = epoch, 0
-        files = ["last.pt"]
-        if result and result["miou"] + result["accuracy"] > run["best"]:                # on val, as the peers do
-            run["best"], run["best_epoch"], files = result["miou"] + result["accuracy"], epoch, ["best.pt", "last.pt"]
-        write(*files)
-        means = "  ".join(f"{name} {value * args.batch / seen:.4f}" for name, value in sums.items())
-        score = f"  mIoU {result['miou']:.2f} accuracy {result['accuracy']:.2f} clusters {result['clusters']}" if result else ""
-        say(f"epoch {epoch}/{args.epochs}  {means}{score}  rates {list(rates)}  {record['images_per_s']:.0f} images/s  "
-            f"wait {100 * record['data_wait']:.0f} %  {record['peak_gb']:.2f} GB")
-        if signals.any():
-            return int(signals.nonzero()[0])
-    if RANK == 0:
-        shown = "train" if labels is None else "val"
-        network.eval()
-        panels(network, checkpoint(), np.ascontiguousarray(images[shown][:6]), None if labels is None else np.ascontiguousarray(labels[:6]),
-               out / "panels.png", par)
-        curves(log, out / "curves.png")
-    if result:
-        best = [r for r in map(json.loads, log.read_text().splitlines()) if r["epoch"] == run["best_epoch"] and "miou" in r][-1]
-        say(f"last epoch: mIoU {result['miou']:.2f} accuracy {result['accuracy']:.2f}; best epoch {run['best_epoch']}, chosen on val: "
-            f"mIoU {best['miou']:.2f} accuracy {best['accuracy']:.2f}; CAM labels: mIoU {run['cam']['cam_miou']:.2f}")
-    say(f"wrote {out}/: log.jsonl, last.pt, {'best.pt, ' if result else ''}panels.png, curves.png")
-    return None
+            if ended_by and position < last:
+                trainer.save("last.pt")
+                return ended_by
+        run["epoch"], run["position"], better = epoch, 0, False
+        if labels is not None and record["miou"] + record["accuracy"] > run["best"]:        # chosen on val, as the peers do
+            run["best"], run["best_epoch"], better = record["miou"] + record["accuracy"], epoch, True
+        trainer.save(*["best.pt"] * better, "last.pt")
+        shown = f"  mIoU {record['miou']:.2f} accuracy {record['accuracy']:.2f} clusters {record['clusters']}" if labels is not None else ""
+        say(f"epoch {epoch}/{args.epochs}  {'  '.join(f'{k} {v / steps:.4f}' for k, v in sums.items())}{shown}  rates {record['rates']}  "
+            f"{record['images_per_s']:.0f} images/s  wait {100 * record['data_wait']:.0f} %  {record['peak_gb']:.2f} GB")
+        if ended_by:
+            return ended_by
+    finish(trainer, images["train" if labels is None else "val"], labels, log)
+    return 0
 
 
-def normalised(image):
-    """Image (B, 3, H, W) in 0..1 -> as DINO was trained."""
-    return normalise((image * 255).permute(0, 2, 3, 1))[1]
+def score(trainer, images, labels, epoch):
+    """Evaluate the student on val with this epoch's rates; keeps the assignment of clusters to classes."""
+    trainer.network.eval()
+    total = evaluate(trainer.network, images, labels, trainer.rates(epoch), trainer.device, RANK, WORLD)
+    trainer.network.train()
+    result = scores(summed(total.to(trainer.device)).cpu())
+    trainer.run["assignment"] = result["assignment"].tolist()
+    return {"miou": result["miou"], "accuracy": result["accuracy"], **trainer.run["cam"],
+            "clusters": result["clusters"], "entropy": result["entropy"]}
 
 
-def check_finite(values, gradients, student, step, samples, source):
-    """Stop all processes together when a loss or gradient is not finite (the sums are the same on each)."""
-    wrong = [name for name, value in values.items() if not math.isfinite(value)]
-    if not wrong:
-        wrong = ["gradient of " + name for (name, _), g in zip(student.named_parameters(), gradients) if not g.isfinite().all()]
-    if wrong:
-        names = [source.ids[s % len(source)] for s in samples]
-        raise FloatingPointError(f"step {step}: {', '.join(wrong[:3])} not finite; samples of process {RANK}: {names[:8]}"
-                                 f"{' ...' if len(names) > 8 else ''}; the last checkpoint is kept")
+def finish(trainer, images, labels, log):
+    """panels.png, curves.png and the last words, by the first process."""
+    if RANK:
+        return
+    out, run = log.parent, trainer.run
+    trainer.network.eval()
+    panels(trainer.network, trainer.checkpoint(), np.ascontiguousarray(images[:6]),
+           None if labels is None else np.ascontiguousarray(labels[:6]), out / "panels.png", trainer.par)
+    curves(log, out / "curves.png")
+    if labels is not None:
+        scored = {r["epoch"]: r for r in map(json.loads, log.read_text().splitlines()) if "miou" in r}
+        say("  ".join(f"{name}: mIoU {r['miou']:.2f} accuracy {r['accuracy']:.2f};" for name, r in (
+            ("last epoch", scored[run["epoch"]]), (f"best epoch, {run['best_epoch']}, chosen on val", scored[run["best_epoch"]])))
+            + f"  CAM labels: mIoU {run['cam']['cam_miou']:.2f}")
+    say(f"wrote {out}/: log.jsonl, last.pt, {'' if labels is None else 'best.pt, '}panels.png, curves.png")
 
 
 def main():

@@ -1,16 +1,16 @@
 """PAR on real photographs: which dilations restore a coarse mask best at the training size.
 
-    python tools/par_on_photos.py --root data                     # 24 images of VOC val, half a minute on a CPU
-    python tools/par_on_photos.py --root data --limit 1449        # the whole of val
+    python tools/par_on_photos.py --root data             # 24 images of VOC val, ten seconds on a CPU
+    python tools/par_on_photos.py --root data --limit 1449   # the whole of val
 
-Protocol. Image and label are squashed to 160 x 160 (label: nearest). The true mask, one channel for each class that
-the label shows, is averaged over 8 x 8 pixels to the 20 x 20 cells of a ViT of patch 8, spoiled or not, and
-restored to 160 x 160; void pixels belong to no channel and are not scored. The score is the IoU of the arg max,
-mean over the classes of the image, then over images, in percent. Three coarse masks:
+Protocol. Image and label are squashed to 160 x 160 (label: nearest). The true mask, one channel for each
+class that the label shows, is averaged over 8 x 8 pixels to the 20 x 20 cells of a ViT of patch 8, spoiled
+or not, and restored to 160 x 160. Void pixels belong to no channel and are not scored. The score is the IoU
+of the arg max, mean over the classes of the image, then over images, in percent. Three coarse masks:
 
     clean, soft    the averages themselves
-    20 % wrong     a fifth of the cells, drawn from --seed and the image's number, are given another class of the
-                   image, one-hot: other than the one that leads there. An image of one class stays clean
+    20 % wrong     a fifth of the cells, drawn from --seed and the image's number, get another class of the
+                   image, one-hot: not the one that leads there. An image of one class stays clean
     blurred        each cell the mean of the 5 x 5 around it, fewer at the border
 
 `bilinear` only enlarges the mask, as training does with --no-par.
@@ -29,7 +29,7 @@ import data                                               # noqa: E402
 from eval import confusion_matrix                         # noqa: E402
 from par import DILATIONS, PAR                            # noqa: E402
 
-SIZE, CELLS = 160, 20                                     # pixels of a side; cells of a side, a ViT of patch 8
+SIZE, CELLS = 160, 20                                     # pixels, and cells, of a side: a ViT of patch 8
 WRONG, BLUR = 0.2, 5                                      # share of the cells; cells of a side
 COARSE = ("clean, soft", f"{100 * WRONG:.0f} % of the cells given another class of the image",
           f"blurred over {BLUR}×{BLUR} cells")
@@ -69,12 +69,12 @@ def miou(label, prediction, n):
 def main():
     p = argparse.ArgumentParser(description="PAR on true masks made coarse, on photographs in VOC's layout.")
     p.add_argument("--root", default="data", help="folder with VOCdevkit/VOC2012 (default: data)")
-    p.add_argument("--limit", type=int, default=24, metavar="N", help="the first N images of val (default: 24)")
+    p.add_argument("--limit", type=int, default=24, metavar="N", help="first N images of val (default: 24)")
     p.add_argument("--seed", type=int, default=0, help="of the wrong cells (default: 0)")
     args = p.parse_args()
     if args.limit < 1:
         p.error(f"--limit {args.limit}: must be at least 1")
-    found = []                                            # an image's scores: (3 coarse masks, columns)
+    found = []                                            # an image's scores: (columns, 3 coarse masks)
     try:
         source = data.VOC(args.root, "val")
         source.limit(args.limit)
@@ -90,16 +90,17 @@ def main():
             # PAR treats every channel alike: the three masks side by side share one affinity
             restored = [f(image, masks.flatten(0, 1)[None]).unflatten(1, masks.shape[:2])[0].argmax(1)
                         for f in RESTORED.values()]       # (3, SIZE, SIZE) each
-            found.append([[miou(index[label], r[row], len(classes)) for r in restored] for row in range(len(COARSE))])
+            truth = index[label]
+            found.append([[miou(truth, mask, len(classes)) for mask in column] for column in restored])
     except data.DataError as error:
         sys.exit(print(f"par_on_photos.py: {error}", file=sys.stderr) or 2)
     if not found:
         sys.exit(print(f"par_on_photos.py: {args.root}: no label with a class", file=sys.stderr) or 2)
-    print(f"{len(found)} images of {source.split} at {SIZE}×{SIZE}, masks from {CELLS}×{CELLS}, mIoU over the classes "
+    print(f"{len(found)} images of val at {SIZE}×{SIZE}, masks from {CELLS}×{CELLS}, mIoU over the classes "
           f"of each image, seed {args.seed}\n")
     print("| coarse mask |", " | ".join(RESTORED), "|")
     print("|---" * (1 + len(RESTORED)) + "|")
-    for name, values in zip(COARSE, np.mean(found, axis=0)):
+    for name, values in zip(COARSE, np.mean(found, axis=0).T):
         print(f"| {name} |", " | ".join(f"{v:.1f}" for v in values), "|")
 
 

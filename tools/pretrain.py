@@ -5,7 +5,7 @@
 
 A student and its moving average, the teacher, see crops of the same thing; the student's distribution over
 prototypes has to match the teacher's on another crop (DINO, the paper's [5]). On a folder, the two views are
-crops of one image. On `shapes` they are crops of two pictures of the same objects: other background, pose, size
+crops of one image. On `shapes` they are crops of two pictures of the same objects: other background, place, size
 and light, as two frames of a video would be. That is the renderer's knowledge of which pictures show one object; it is
 what makes a ViT of this size attend to objects, and it is no category label.
 """
@@ -60,7 +60,7 @@ def views(image, size, area, g):
                          torch.stack([sx * sin * mirror, sy * cos, ty], 1)], 1)
     grid = F.affine_grid(theta, (B, 3, size, size), align_corners=False)
     image = F.grid_sample(image, grid, padding_mode="reflection", align_corners=False)
-    draws = torch.stack([*[torch.zeros(B)] * 4, u(0.6, 1.4), u(0.6, 1.4), u(0.6, 1.4), u(-0.08, 0.08),
+    draws = torch.stack([*[torch.zeros(B)] * 4, u(0.6, 1.4), u(0.6, 1.4), u(0.6, 1.4), u(-0.05, 0.05),
                          (u(0, 1) < 0.2).float(), (u(0, 1) < 0.3) * u(0.5, 1.5)], 1)
     image = data.augment(image, draws)
     return (image - image.new_tensor(MEAN).view(3, 1, 1)) / image.new_tensor(STD).view(3, 1, 1)

@@ -1,0 +1,138 @@
+"""Table 4: what every module is worth, and rows that nobody has published.
+
+    python tools/ablation.py                              # `shapes`, three seeds of every row
+    python tools/ablation.py --data voc --backbone vits16 -- --root /data --accumulate 4
+    python tools/ablation.py --rows baseline all --seeds 0 -- --epochs 2
+
+Every run is a train.py of its own, in OUT/<data>-<row>-<seed>; its words go to stderr, the table to stdout.
+The same command again goes on where it stopped and reuses what is finished. Options after -- go to every
+train.py.
+
+In the table, mean ± standard deviation over the seeds: mIoU and accuracy of the last epoch; mIoU of the best
+epoch, chosen on val by the sum of both, as the peers do, and therefore too high; and the first epoch whose
+mIoU is above the best epoch of the same seed's baseline. With `shapes` another seed also means other scenes.
+"""
+
+import argparse
+import json
+import signal
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(HERE))
+import data                                               # noqa: E402
+from model import BACKBONES                               # noqa: E402
+
+# row: (name, the three check marks of Table 4, options of train.py)
+ROWS = {
+    "baseline": ("L_CE + L_un + L_cls", "   ", "--no-seg-loss --no-aspp --no-par"),
+    "seg": ("+ L_seg", "✓  ", "--no-aspp --no-par"),
+    "aspp": ("+ ASPP", " ✓ ", "--no-seg-loss --no-par"),
+    "par": ("+ PAR", "  ✓", "--no-seg-loss --no-aspp"),
+    "all": ("all (DMSA)", "✓✓✓", ""),
+    "static": ("all, DeepLabV3+'s rates in every epoch", "✓✓✓", "--static-aspp"),
+    "afa": ("all, PAR with AFA's dilations", "✓✓✓", "--par-dilations 1 2 4 8 12 24"),
+    "no-teacher": ("all, without a teacher", "✓✓✓", "--no-teacher"),
+    "transfgu": ("TransFGU", "   ", "--preset transfgu"),
+    "released": ("DMSA as its authors released it", "✓  ", "--preset released"),
+}
+# Table 4 of the paper, mIoU and accuracy. Its column L_all holds the marks of L_seg (Sec. 4.3)
+PAPER = {
+    ("voc", "vits16"): {"baseline": (30.47, 69.37)},
+    ("voc", "vits8"): {"baseline": (35.08, 81.20), "seg": (35.51, 81.80), "aspp": (37.11, 82.87),
+                       "par": (36.16, 83.15), "all": (37.20, 83.60)},
+    ("coco80", "vits16"): {"baseline": (11.87, 59.34)},
+    ("coco80", "vits8"): {"baseline": (12.57, 64.06), "seg": (13.46, 68.80), "aspp": (13.17, 64.85),
+                          "par": (12.58, 68.50), "all": (14.69, 69.70)},
+}
+
+
+def run(folder, options):
+    """Run, or go on with, one training: its evaluations, one dict an epoch; None if it failed."""
+    command = [sys.executable, str(HERE / "train.py"), *options, "--out", str(folder)]
+    print(f"\n{' '.join(command)}", file=sys.stderr, flush=True)
+    ended = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
+    if ended.returncode:
+        reason = (ended.stderr.strip() or f"ended with code {ended.returncode}").splitlines()[-1]
+        print(f"ablation.py: {folder}: {reason}", file=sys.stderr)
+        if ended.returncode != 1:                         # wrong options or data, a signal: not only here
+            sys.exit(ended.returncode if ended.returncode > 0 else 128 - ended.returncode)
+        return None
+    lines = (folder / "log.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if "miou" in record]
+
+
+def best(records):
+    """The best epoch as train.py chooses it."""
+    return max(records, key=lambda r: r["miou"] + r["accuracy"])
+
+
+def spread(values):
+    """Mean ± standard deviation; one value as it is."""
+    mean = f"{statistics.mean(values):.2f}"
+    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
+
+
+def passes(runs, baseline):
+    """The epoch in which mIoU first is above the best of the seed's baseline: mean, and how many seeds do."""
+    both, reached = [seed for seed in runs if seed in baseline], []
+    for seed in both:
+        goal = best(baseline[seed])["miou"]
+        reached += [r["epoch"] for r in runs[seed] if r["miou"] > goal][:1]
+    if not reached:
+        return "never" if both else "–"
+    share = f" ({len(reached)} of {len(both)} seeds)" if len(reached) < len(both) else ""
+    return f"{statistics.mean(reached):.1f}{share}"
+
+
+def table(found, paper):
+    """The lines of the table. found: {row: {seed: evaluations}}; paper: {row: (mIoU, accuracy)} or None."""
+    columns = ["method", "L_seg", "ASPP", "PAR", "mIoU", "accuracy", "best epoch's mIoU (chosen on val)",
+               "first epoch above the baseline's best", *(["paper: mIoU", "paper: accuracy"] if paper else [])]
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for row, runs in found.items():
+        name, marks, _ = ROWS[row]
+        cells = [name, *marks, "failed", "failed", "failed", "–"]
+        if runs:
+            ends = [records[-1] for records in runs.values()]
+            cells[4:] = [spread([r["miou"] for r in ends]), spread([r["accuracy"] for r in ends]),
+                         spread([best(records)["miou"] for records in runs.values()]),
+                         "–" if row == "baseline" else passes(runs, found.get("baseline", {}))]
+        if paper:
+            cells += [f"{v:.2f}" for v in paper[row]] if row in paper else ["–", "–"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=__doc__.split("\n\n", 1)[1],
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--data", choices=[n for n in data.NAMES if n != "folder"], default="shapes",
+                   help="data set with labels (default: shapes)")
+    p.add_argument("--backbone", choices=tuple(BACKBONES), help="pretrained ViT (default: by --data)")
+    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="(default: 0 1 2)")
+    p.add_argument("--rows", choices=tuple(ROWS), nargs="+", default=list(ROWS), help="(default: all)")
+    p.add_argument("--out", default="runs/ablation", metavar="DIR", help="(default: runs/ablation)")
+    p.add_argument("options", nargs="*", metavar="-- OPTIONS", help="more options of train.py")
+    args = p.parse_args()
+    # Ctrl-C goes to train.py too, which finishes its step, saves, and says so by its exit code
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    common = ["--data", args.data, *(["--backbone", args.backbone] if args.backbone else []), *args.options]
+    found = {row: {} for row in args.rows}
+    for seed in args.seeds:                               # seed by seed: the rows share the caches of a seed
+        for row in found:
+            records = run(Path(args.out) / f"{args.data}-{row}-{seed}",
+                          [*common, *ROWS[row][2].split(), "--seed", str(seed)])
+            if records:
+                found[row][seed] = records
+    count = {row: len(runs) for row, runs in found.items() if len(runs) < len(args.seeds)}
+    print(f"{args.data}, seeds {args.seeds}{f', finished runs: {count}' if count else ''}\n")
+    print("\n".join(table(found, PAPER.get((args.data, args.backbone or "vits8")))))
+    sys.exit(1 if count else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,298 @@
+"""What DMSA's expensive parts cost beside their textbook forms: one table, within five minutes on two cores.
+
+    python tools/bench.py                                 # median of up to six calls each
+    python tools/bench.py --quick                         # of up to three
+    python tools/bench.py --only PAR                      # the cases whose name contains the word
+
+Textbook forms, written plainly below: PAR that holds all neighbours of all channels (AFA); class activation
+maps by one backward pass through the whole ViT for each class (TransFGU); attention as an explicit n x n
+softmax (DINO); a training step whose student and teacher each run the frozen ViT, without ASPP and PAR
+(TransFGU); images decoded and augmented one by one. The ViT is ViT-S/8 with random weights, which change
+neither time nor memory.
+
+How it is measured. A case is a child process, in which its forms take turns, so that a machine that becomes
+slow is slow for all of them; the cores should have nothing else to do. The first call of a form is not
+timed, unless it alone takes longer than twice BUDGET. Seconds are wall time: median, least and most, number
+of calls. Memory is how far a call pushes the peak of the process's resident memory (ru_maxrss) above where
+it stood before any form ran. That mark never falls, so the forms are called first in the order of their
+need, the textbook form last. A star marks numbers computed from a measured slope, not run.
+"""
+
+import argparse
+import copy
+import multiprocessing
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import cam                                                # noqa: E402
+import data                                               # noqa: E402
+import train                                              # noqa: E402
+from losses import dmsa_losses, pixel_counts, pseudo_label  # noqa: E402
+from model import BACKBONES, DMSA, VisionTransformer      # noqa: E402
+from par import BANDWIDTH, DILATIONS, EPS, ITERATIONS, OMEGA3, PAR  # noqa: E402
+
+BUDGET = 6.0                                              # seconds: a form timed so long is not called again
+KEPT = 35                                                 # of 70 windows: about what lies on the foreground
+
+
+# ----------------------------------------------------------------------------
+# Textbook forms
+
+
+def textbook_par(image, masks):
+    """Eq. 4, all neighbours of all channels in one tensor: (B, 3, H, W), (B, C, h, w) -> (B, C, H, W)."""
+    one_hot = torch.eye(9)[[0, 1, 2, 3, 5, 6, 7, 8]].view(8, 1, 3, 3)           # a kernel picks one neighbour
+
+    def neighbours(x):
+        padded = [F.pad(x, (d, d, d, d), mode="replicate").flatten(0, 1)[:, None] for d in DILATIONS]
+        found = [F.conv2d(p, one_hot, dilation=d) for p, d in zip(padded, DILATIONS)]    # (B C, 8, H, W) each
+        return torch.cat(found, dim=1).unflatten(0, x.shape[:2])                  # (B, C, 48, H, W)
+
+    masks = F.interpolate(masks, size=image.shape[2:], mode="bilinear", align_corners=True)
+    near = neighbours(image)                                                      # (B, 3, 48, H, W)
+    scaled = (near - image[:, :, None]).abs() / (near.std(2, keepdim=True) + EPS) / BANDWIDTH
+    ring = 2 ** 0.5, 1, 2 ** 0.5, 1, 1, 2 ** 0.5, 1, 2 ** 0.5
+    distance = torch.tensor([d * step for d in DILATIONS for step in ring])
+    position = -(distance / (distance.std() + EPS) / BANDWIDTH) ** 2
+    k = (-scaled ** 2).mean(1).softmax(1) + OMEGA3 * position.softmax(0).view(1, -1, 1, 1)
+    for _ in range(ITERATIONS):
+        near = neighbours(masks)                                                  # (B, C, 48, H, W)
+        masks = (near * k[:, None]).sum(2)
+    return masks
+
+
+def textbook_vit(vit, image):
+    """Tokens (B, 1 + hw, D) and the last attention (B, heads, 1 + hw, 1 + hw); every block forms its own."""
+    x = vit.prepare_tokens(image)
+    for block in vit.blocks:
+        q, k, v = block.attn.split(block.norm1(x))
+        A = (q @ k.transpose(2, 3) * q.shape[3] ** -0.5).softmax(3)
+        x = x + block.attn.proj((A @ v).transpose(1, 2).flatten(2))
+        x = x + block.mlp(block.norm2(x))
+    return vit.norm(x), A
+
+
+def textbook_cam(vit, image, centroids):
+    """Eq. 5 by a backward pass for each class through all blocks, their parameters included: (1, K, h, w)."""
+    tokens, A = textbook_vit(vit, image)
+    A.retain_grad()
+    base, maps = A[:, :, 0, 1:].mean(1).detach(), []
+    for centroid in centroids:
+        vit.zero_grad()
+        A.grad = None
+        (1 - F.cosine_similarity(tokens[:, 0], centroid[None])).sum().backward(retain_graph=True)
+        alpha = -A.grad.mean(1)[:, 0, 1:]                                         # (1, hw)
+        evidence = F.relu(alpha)
+        maps.append((base / base.amax(1, keepdim=True) + evidence * cam.keep_mass(evidence)) * (alpha >= 0))
+    return torch.stack(maps, 1).unflatten(2, vit.grid(image))
+
+
+# ----------------------------------------------------------------------------
+# Cases. Each returns its forms {name: function} in the order of their memory, and what makes the lines of the
+# table from {name: seconds of its calls}, {name: MB above the start} and {name: result of its first call}.
+
+
+def differ(a, b):
+    return (a - b).abs().max().item()
+
+
+def vits8():
+    return VisionTransformer(**BACKBONES["vits8"][0]).eval().requires_grad_(False)
+
+
+def par_case(channels):
+    image, masks = torch.rand(1, 3, 320, 320), torch.rand(1, channels, 40, 40)
+    forms = {"ours": lambda: PAR()(image, masks), "textbook": lambda: textbook_par(image, masks)}
+    return forms, lambda s, mb, out: [
+        row(f"PAR, 320×320, {channels} channels, {ITERATIONS} iterations", s["ours"], s["textbook"],
+            (mb["ours"], mb["textbook"]), differ(out["ours"], out["textbook"]))]
+
+
+def cam_case():
+    vit, image = vits8(), torch.randn(1, 3, 320, 320)
+    trained, centroids = copy.deepcopy(vit).requires_grad_(True), torch.randn(80, vit.embed_dim)
+    forms = {"forward": lambda: vit(image)}
+    forms |= {K: lambda K=K: cam.class_activation_maps(vit, image, centroids[:K]) for K in (1, 20, 80)}
+    forms |= {f"textbook {K}": lambda K=K: textbook_cam(trained, image, centroids[:K]) for K in (1, 3)}
+
+    def rows(s, mb, out):
+        one, three = (np.median(s[f"textbook {K}"]) for K in (1, 3))
+        lines = [row(f"CAM, 320×320, K = {K}; textbook: one plain forward", s[K], s["forward"],
+                     (mb[K], mb["forward"])) for K in (1, 20, 80)]
+        lines += [row("CAM, 320×320, K = 1; textbook: K backward passes", s[1], s["textbook 1"],
+                      (mb[1], mb["textbook 1"]), differ(out[1], out["textbook 1"]))]
+        return lines + [row(f"CAM, 320×320, K = {K}; textbook: K backward passes *", s[K],
+                            one + (K - 1) * (three - one) / 2, (mb[K], mb["textbook 3"])) for K in (20, 80)]
+    return forms, rows
+
+
+def vit_case(size, batch):
+    vit, image = vits8(), torch.randn(batch, 3, size, size)
+    forms = {"ours": torch.no_grad()(lambda: vit(image)[0]),
+             "textbook": torch.no_grad()(lambda: textbook_vit(vit, image)[0])}
+    what = f"ViT-S/8 forward, {batch} × {size}×{size}"
+    return forms, lambda s, mb, out: [
+        row(what, s["ours"], s["textbook"], None, differ(out["ours"], out["textbook"]))]
+
+
+def step_case():
+    """One step of each, cropping and augmentation included, at an epoch when the teacher takes part."""
+    args, vit, epoch = train.parse(["--data", "voc", "--batch", "8"]), vits8(), 10
+    draws = torch.from_numpy(np.stack([data.draw(0, epoch, i) for i in range(8)]))
+    part = range(8), torch.rand(8, 3, 320, 320), torch.rand(8, 20, 40, 40), draws
+    trainer = train.Trainer(args, vit, data.VOC, None, torch.device("cpu"), None)
+    plain = DMSA(vit, 21, use_aspp=False).train()
+    thing, permutation = torch.arange(21) >= 1, torch.randperm(21)
+    optimizer = torch.optim.Adam(plain.student.parameters(), lr=1e-4, weight_decay=5e-4)
+
+    def textbook():
+        with torch.no_grad():
+            image, cams, _ = data.crop(*part[1:], args.crop, 8)
+            image = train.to_dino(data.augment(image, draws))
+            tokens = textbook_vit(vit, image)[0][:, 1:]                           # of the teacher's encoder
+            teacher = plain.teacher.module.decoder(tokens)[0].unflatten(2, (20, 20))
+            label, foreground, _ = pseudo_label(cams, teacher, lambda maps: maps, 0.5)
+            tokens = textbook_vit(vit, image)[0][:, 1:]                           # again, of the student's
+        logits, embeddings = plain.student.decoder(tokens)
+        counts = pixel_counts(label, foreground, thing)
+        loss = dmsa_losses(logits.unflatten(2, (20, 20)), embeddings, label, foreground, counts, thing,
+                           (0.0, 1.0, 0.3, 1.0), True, permutation, 0.1)
+        optimizer.zero_grad()
+        loss["all"].backward()
+        for p in plain.student.parameters():
+            p.grad.clamp_(-1, 1)
+        optimizer.step()
+
+    what = "training step, 8 × 160×160, 21 classes, with ASPP and PAR; textbook without"
+    ours = lambda: trainer.learn(*trainer.pseudo_labels([part], epoch), epoch)
+    return {"ours": ours, "textbook": textbook}, lambda s, mb, out: [row(what, s["ours"], s["textbook"])]
+
+
+def window_case():
+    """A few of the 70 windows; the pass over the whole image, which finds the foreground, is timed apart."""
+    vit, image, scales = vits8(), torch.randn(1, 3, 640, 640), (0.6,)
+    with torch.no_grad():                                 # the crops that window_features will make
+        _, A, _ = cam.last_attention(vit, image)
+        boxes = cam.windows(80, 80, scales)
+        kept, _ = cam.select_windows(cam.foreground(A, (80, 80))[0], boxes, 8)
+        crops = cam.crop_windows(image[0], boxes[kept], 8, 320)
+    forms = {"whole": torch.no_grad()(lambda: cam.last_attention(vit, image)[0]),
+             "plain": torch.no_grad()(lambda: vit(crops)[0][:, 0]),
+             "ours": lambda: cam.window_features(vit, image, 320, scales)[0]}
+
+    def rows(s, mb, out):
+        m, (whole, plain, ours) = len(crops), (np.median(s[name]) for name in ("whole", "plain", "ours"))
+        return [row(f"features of {m} windows of a 640×640 image; textbook: forward of {m} × 320×320",
+                    s["ours"], s["plain"], None, differ(out["ours"], out["plain"])),
+                row(f"the same, {KEPT} windows *", whole + (ours - whole) * KEPT / m, plain * KEPT / m)]
+    return forms, rows
+
+
+def data_case():
+    args = train.parse(["--data", "voc", "--batch", "32"])
+    args.repeat = 1                                       # 32 images: an epoch is one batch
+    folder = tempfile.TemporaryDirectory()                # removed when the last of these functions is
+    file = lambda name: Path(folder.name) / name
+    images = np.lib.format.open_memmap(file("images.npy"), "w+", "u1", (32, 320, 320, 3))
+    maps = np.lib.format.open_memmap(file("maps.npy"), "w+", "<f2", (32, 20, 40, 40))
+    maps[:] = np.random.default_rng(0).random(maps.shape)
+    for i in range(32):                                   # photographs' usual size and compression
+        Image.fromarray(data.shapes(i, 400)[0]).resize((500, 375)).save(file(f"{i}.jpg"), quality=90)
+        images[i] = data.squash(data.open_image(file(f"{i}.jpg")), 320)
+        np.save(file(f"{i}.npy"), maps[i])
+
+    def cut(image, cams, draws):
+        image, cams, _ = data.crop(image, cams, draws, args.crop, 8)
+        return data.augment(image, draws)
+
+    def ours():
+        (_, [(_, image, cams, draws)], _), = train.batches(args, images, maps, 1, 0, torch.device("cpu"))
+        return cut(image, cams, draws)
+
+    def textbook():
+        out = []
+        for i in np.random.default_rng((args.seed, 1)).permutation(args.batch):
+            image = torch.from_numpy(data.squash(data.open_image(file(f"{i}.jpg")), 320))
+            image = image.permute(2, 0, 1).float() / 255
+            cams, draws = np.load(file(f"{i}.npy")), data.draw(args.seed, 1, int(i))
+            out.append(cut(image[None], torch.from_numpy(cams)[None].float(), torch.from_numpy(draws)[None]))
+        return torch.cat(out)
+
+    what = "data, 32 augmented crops of 160×160 from a memory map; textbook: from JPEGs, one by one"
+    return {"ours": ours, "textbook": textbook}, lambda s, mb, out: [
+        row(what, s["ours"], s["textbook"], None, differ(out["ours"], out["textbook"]))]
+
+
+CASES = {"PAR 21": (par_case, 21), "PAR 81": (par_case, 81), "CAM": (cam_case,),
+         "ViT 160": (vit_case, 160, 8), "ViT 320": (vit_case, 320, 1), "step": (step_case,),
+         "windows": (window_case,), "data": (data_case,)}
+
+
+# ----------------------------------------------------------------------------
+# Measuring
+
+
+def peak():
+    """The most resident memory that this process ever had, MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+
+
+def measure(case, repeat):
+    """Run one case, in this process: its lines of the table."""
+    torch.manual_seed(0)
+    make, *arguments = CASES[case]
+    forms, rows = make(*arguments)
+    start, first, seconds, mb, results = peak(), {}, {}, {}, {}
+    for name, form in forms.items():
+        begin = time.perf_counter()
+        results[name] = form()
+        first[name], seconds[name], mb[name] = time.perf_counter() - begin, [], peak() - start
+    for _ in range(repeat):
+        for name, form in forms.items():
+            if first[name] < 2 * BUDGET and sum(seconds[name]) < BUDGET:
+                begin = time.perf_counter()
+                form()
+                seconds[name].append(time.perf_counter() - begin)
+    return rows({name: s or [first[name]] for name, s in seconds.items()}, mb, results)
+
+
+def row(what, ours, textbook, mb=None, difference=None):
+    """A line of the table. ours, textbook: seconds of the calls, or one number; mb: (ours, textbook)."""
+    def show(s):
+        return f"{s:.2f}" if np.ndim(s) == 0 else f"{np.median(s):.2f} ({min(s):.2f}–{max(s):.2f}, {len(s)})"
+    ratio = np.median(textbook) / np.median(ours)
+    memory = "" if mb is None else f"{mb[0]:.0f} / {mb[1]:.0f}"
+    equal = "" if difference is None else f"{difference:.1e}"
+    return f"| {what} | {show(ours)} | {show(textbook)} | {ratio:.2f} | {memory} | {equal} |"
+
+
+def main():
+    p = argparse.ArgumentParser(description="Time and memory of DMSA's parts beside their textbook forms.")
+    p.add_argument("--quick", action="store_true", help="half the repetitions")
+    p.add_argument("--only", default="", metavar="WORD", help=f"of: {', '.join(CASES)} (default: all)")
+    args = p.parse_args()
+    chosen = [case for case in CASES if args.only in case]
+    if not chosen:
+        p.error(f"--only {args.only}: none of {', '.join(CASES)}")
+    begin = time.time()
+    threads = torch.get_num_threads()
+    print(f"torch {torch.__version__}, {threads} threads, fp32; seconds: median (least–most, calls)\n")
+    print("| what | ours, s | textbook, s | textbook / ours | MB, ours / textbook | largest difference |")
+    print("|---|---|---|---|---|---|", flush=True)
+    for case in chosen:                                   # fork: this process itself never computes
+        with multiprocessing.get_context("fork").Pool(1) as child:
+            print("\n".join(child.apply(measure, (case, 3 if args.quick else 6))), flush=True)
+    print(f"\n{time.time() - begin:.0f} s in all; * computed from the measured slope", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
