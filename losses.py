@@ -137,7 +137,7 @@ def class_loss(class_embeddings, count=None):
     returns           ()         in [0, 2]; 2 when all classes are the same: collapse
     """
     B, N, _ = class_embeddings.shape
-    c = F.normalize(class_embeddings, dim=2)
+    c = class_embeddings / class_embeddings.norm(dim=2, keepdim=True).detach()    # lengths are constants: 1 by the decoder
     cosine = c @ c.transpose(1, 2)                                                # (B, N, N)
     i, j = torch.triu_indices(N, N, offset=1, device=c.device)
     return (1 + cosine[:, i, j]).mean(1).sum() / (B if count is None else count)

@@ -49,8 +49,9 @@ COMMON = dict(
     teacher_start=5, intervals=(5, 5, 5, 5, 4, 4, 4, 4, 4, 3),   # epochs of CAM alone; of --teacher reset, by decade
     par=(1, 2, 4, 8), cam_scale="image", aspp="dynamic", teacher="ema", momentum=0.99, dropout=0.0, losses_at="crop", jitter=data.JITTER)
 SETTINGS = {
-    "shapes": COMMON | dict(backbone="tiny", size=128, crop=96, bank=128, window=96, batch=32, epochs=10, lr=1e-3,
-                            background=0.3, lambdas=(0.3, 1.0, 0.3, 1.0), teacher_start=2, intervals=(2,)),
+    "shapes": COMMON | dict(                              # small, so that a CPU is enough; see README's table
+        backbone="tiny", size=128, crop=96, bank=128, window=96, batch=16, epochs=10, lr=5e-4, lambdas=(0.3, 1.0, 0.1, 1.0),
+        background=0.2, teacher_start=4, intervals=(2,), jitter=(0.4, 0.4, 0.4, 0.05)),
     "voc": COMMON | dict(repeat=20, lambdas=(0.3, 1.0, 0.3, 1.0)),
     "voc-aug": COMMON | dict(epochs=150, lr=1e-5),
     "coco80": COMMON | dict(scales=cam.SCENE_SCALES, batch=256, epochs=200, teacher_start=3, intervals=(3, 3, 3, 2)),
@@ -107,7 +108,7 @@ def parse(argv=None):
     m.add_argument("--teacher-weight", type=float, metavar="X", help="share of the teacher in the pseudo label, 0 to 1 (default: 0.7, with stuff 0.5)")
     m.add_argument("--teacher-start", type=int, metavar="EPOCHS", help=f"epochs of CAM alone before the teacher takes part {by_data}")
     m.add_argument("--momentum", type=float, metavar="M", help="of the moving average, 0 to 1 (default: 0.99)")
-    m.add_argument("--background", type=float, metavar="T", help="CAM below half of it is background, 0 to 1 (default: 0.1, TransFGU's; shapes 0.3)")
+    m.add_argument("--background", type=float, metavar="T", help="CAM below half of it is background, 0 to 1 (default: 0.1, TransFGU's; shapes 0.2)")
     m.add_argument("--cam-scale", choices=("image", "crop"), help="what CAM's minimum and maximum are taken of; crop is TransFGU's (default: image)")
     m.add_argument("--lambdas", type=float, nargs=4, metavar=("SEG", "CE", "UN", "CLS"), help=f"weights of Eq. 6 {by_data}")
     m.add_argument("--jitter", type=float, nargs=4, metavar=("B", "C", "S", "H"), help="of brightness, contrast, saturation, 0 to 1, and hue in turns (default: 0.8 0.8 0.8 0.2, TransFGU's)")
@@ -130,6 +131,8 @@ def parse(argv=None):
     patch = BACKBONES[args.backbone][0]["patch_size"]
     if args.size % 2 or args.crop % patch or args.size < 4 * patch:
         p.error(f"--size {args.size}: half of it must be a multiple of {args.backbone}'s patch, {patch}, and at least {2 * patch}")
+    if args.weights and not os.path.isfile(args.weights):
+        p.error(f"--weights {args.weights}: no such file")
     if any(d < 1 for d in args.par):
         p.error("--par-dilations: distances in pixels, at least 1")
     del args.no_seg_loss
@@ -234,24 +237,30 @@ def fingerprint(source):
     return hashlib.sha256(repr([source.ids, stats]).encode() + first).hexdigest()
 
 
-def prepare(args, vit, digest, device):
-    """Everything before training: images, windows, centroids, CAMs. Returns arrays (memory-mapped) and centroids.
+def open_data(args):
+    """The splits: {"train": data set, "val": data set}; a folder has no val."""
+    sources = {}
+    for split in ("train",) if args.data == "folder" else ("train", "val"):
+        if RANK:                                          # the first process lists COCO's images, the others read its list
+            wait()
+        sources[split] = data.dataset(args.data, args.root, split, args.classes, args.seed, Path(args.out).parent / "cache")
+        if not RANK:
+            wait()
+        if args.limit:
+            sources[split].limit(args.limit)
+    return sources
 
-    returns  sources {"train", "val"}; images and labels of each; cams (n, K, h, w) of train and val; centroids (K, D)
+
+def prepare(args, sources, vit, digest, device):
+    """Everything before training: images, windows, centroids, CAMs.
+
+    returns  images {split: (n, S, S, 3) uint8}; labels of val (n, S, S) uint8 or None; CAMs in 0..1
+             {split: (n, K, h, w) float16}; centroids (K, D). All arrays are memory-mapped.
     """
-    folder, sources, images, maps, labels = Path(args.out).parent / "cache", {}, {}, {}, None
-    splits = ("train",) if args.data == "folder" else ("train", "val")
+    folder, images, maps, labels = Path(args.out).parent / "cache", {}, {}, None
     with ThreadPoolExecutor(args.workers) as pool:
-        for split in splits:
-            if RANK:                                      # the first process lists COCO's images, the others read its list
-                wait()
-            source = data.dataset(args.data, args.root, split, args.classes, args.seed, folder)
-            if not RANK:
-                wait()
-            if args.limit:
-                source.limit(args.limit)
-            sources[split], n, S = source, len(source), args.size
-            prints = fingerprint(source)
+        for split, source in sources.items():
+            n, S, prints = len(source), args.size, fingerprint(source)
             images[split] = cache(folder, f"{args.data}-{split}-images", [prints, S], n, (S, S, 3), "u1", lambda g: np.stack(
                 list(pool.map(lambda i: data.squash(source.image(i), S), g))))
             if split == "val":
@@ -263,7 +272,7 @@ def prepare(args, vit, digest, device):
             key = [prints, S, digest, args.scales, args.bank, args.window, args.seed, hashlib.sha256(centroids.numpy().tobytes()).hexdigest()]
             maps[split] = cache(folder, f"{args.data}-{split}-cam", key, n, (K, grid, grid), "<f2", lambda g: min_max(cam.class_activation_maps(
                 vit, normalise(images[split][g.start:g.stop])[1].to(device), centroids.to(device))).cpu().numpy())
-    return sources, images, labels, maps, centroids
+    return images, labels, maps, centroids
 
 
 def find_centroids(args, vit, digest, device, source, prints, folder, pool):
@@ -535,12 +544,13 @@ def train(args, device, stop):
     if state and state["epoch"] >= args.epochs:
         say(f"{out}: this run is finished ({state['epoch']} epochs); raise --epochs to go on, or use another --out")
         return 0
+    sources = open_data(args)
     if RANK == 0 or LOCAL == 0:                           # one process of each machine fetches the weights
         backbone(args.backbone, args.weights)
     wait()
     vit, weights, digest = backbone(args.backbone, args.weights)
     say(f"{args.backbone}: {weights}, SHA-256 {digest}")
-    sources, images, labels, maps, centroids = prepare(args, vit.to(device).eval().requires_grad_(False), digest, device)
+    images, labels, maps, centroids = prepare(args, sources, vit.to(device).eval().requires_grad_(False), digest, device)
     source, samples = sources["train"], len(images["train"]) * args.repeat
     if samples < args.batch:
         raise RunError(f"--batch {args.batch}: larger than an epoch of {len(images['train'])} images x {args.repeat}; lower it")
@@ -637,9 +647,9 @@ def main():
                            f"try {max(1, args.batch // (WORLD * args.accumulate)) * WORLD * args.accumulate}")
         device = start_processes(args.device)
         if args.dry_run:
+            for split, source in open_data(args).items():
+                say(f"{split}: {len(source)} images")
             backbone(args.backbone, args.weights)
-            for split in ("train",) if args.data == "folder" else ("train", "val"):
-                say(f"{split}: {len(data.dataset(args.data, args.root, split, args.classes, args.seed))} images")
             say(json.dumps(vars(args), indent=1))
         else:
             try:

@@ -91,7 +91,7 @@ def passes(runs, baseline):
 def table(found, paper):
     """The lines of the table. found: {row: {seed: evaluations}}; paper: {row: (mIoU, accuracy)} or None."""
     columns = ["method", "L_seg", "ASPP", "PAR", "mIoU", "accuracy", "best epoch's mIoU (chosen on val)",
-               "first epoch above the baseline's best", *(["paper: mIoU", "paper: accuracy"] if paper else [])]
+               "first epoch above the baseline's best", *(["paper's mIoU", "accuracy"] if paper else [])]
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for row, runs in found.items():
         name, marks, _ = ROWS[row]
@@ -113,9 +113,12 @@ def main():
     p.add_argument("--data", choices=[n for n in data.NAMES if n != "folder"], default="shapes",
                    help="data set with labels (default: shapes)")
     p.add_argument("--backbone", choices=tuple(BACKBONES), help="pretrained ViT (default: by --data)")
-    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="(default: 0 1 2)")
-    p.add_argument("--rows", choices=tuple(ROWS), nargs="+", default=list(ROWS), help="(default: all)")
-    p.add_argument("--out", default="runs/ablation", metavar="DIR", help="(default: runs/ablation)")
+    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N",
+                   help="a run of each row for each (default: 0 1 2)")
+    p.add_argument("--rows", choices=tuple(ROWS), nargs="+", default=list(ROWS), metavar="ROW",
+                   help=f"of: {', '.join(ROWS)} (default: all of them)")
+    p.add_argument("--out", default="runs/ablation", metavar="DIR",
+                   help="folder of the runs (default: runs/ablation)")
     p.add_argument("options", nargs="*", metavar="-- OPTIONS", help="more options of train.py")
     args = p.parse_args()
     # Ctrl-C goes to train.py too, which finishes its step, saves, and says so by its exit code
