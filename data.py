@@ -314,12 +314,12 @@ def _noise(rng, size, cells):
     return (field - field.mean()) / (field.std() + 1e-6)
 
 
-def _background(rng, size):
-    """1/f noise, grey with faint colour. The same statistics in every image, so that it carries no identity."""
+def _background(rng, size, tint):
+    """1/f noise, grey with faint colour (`tint`: its standard deviation). The same statistics in every image, so that it carries no identity."""
     cells = [(max(2, n * size // 96), weight) for n, weight in ((5, 0.5), (9, 0.7), (17, 0.6), (33, 0.5), (65, 0.35))]
     grey = _noise(rng, size, cells)[..., None]
     colour = np.stack([_noise(rng, size, cells[:4]) for _ in range(3)], 2)
-    return 0.45 + 0.15 * grey + 0.02 * (colour - colour.mean(2, keepdims=True))
+    return 0.45 + 0.15 * grey + tint * (colour - colour.mean(2, keepdims=True))
 
 
 def _paint(image, alpha, colour):
@@ -364,19 +364,20 @@ def _draw_object(image, label, thing, cx, cy, radius):
     label[alpha > 0.5] = k + 1
 
 
-def render(rng, things, size, radius):
+def render(rng, things, size, radius, tint=0.02, clutter=0.2):
     """Paint objects where they hardly overlap, on noise with small unlabelled clutter, under uneven light.
 
     things    of `new_object`; radius: (least, most) of them, in shares of the image
+    tint      colour of the noise; clutter: highest saturation of the clutter. Larger values make it harder
     returns   uint8 (size, size, 3), uint8 (size, size) of 0 and category + 1
     """
-    image, label = _background(rng, size), np.zeros((size, size), np.uint8)
+    image, label = _background(rng, size, tint), np.zeros((size, size), np.uint8)
     y, x = np.mgrid[:size, :size] / (size - 1)
     for _ in range(rng.integers(2, 7)):                   # clutter: little grey blobs and sticks
         cx, cy, r, turn = rng.random(), rng.random(), rng.uniform(0.02, 0.06), rng.uniform(0, 2 * math.pi)
         u = ((x - cx) * math.cos(turn) + (y - cy) * math.sin(turn)) / r
         v = ((y - cy) * math.cos(turn) - (x - cx) * math.sin(turn)) / r * rng.uniform(0.5, 4)
-        colour = colorsys.hsv_to_rgb(rng.random(), rng.uniform(0, 0.2), rng.uniform(0.2, 1))
+        colour = colorsys.hsv_to_rgb(rng.random(), rng.uniform(0, clutter), rng.uniform(0.2, 1))
         _paint(image, np.clip(0.5 + (1 - np.hypot(u, v)) * r * size, 0, 1), np.array(colour))
     placed = []
     for thing in things:

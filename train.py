@@ -69,6 +69,10 @@ BANK_IMAGES, BANK_WINDOWS = 10_000, 200_000               # k-means sees the win
 MAY_DIFFER = {"out", "root", "workers", "device", "accumulate", "epochs", "dry_run"}   # between a run and its resumption
 
 
+class LostProcess(RuntimeError):
+    """Another process of the run has ended."""
+
+
 class RunError(ValueError):
     """Something a user can mend; the message is one line: what was wrong, where, what to do."""
 
@@ -160,16 +164,19 @@ def start_processes(device):
 
 
 def summed(tensor):
-    """Sum of a tensor over all processes."""
+    """Sum of a tensor over all processes. Raises LostProcess if one has gone."""
     if WORLD > 1:
-        dist.all_reduce(tensor)
+        try:
+            dist.all_reduce(tensor)
+        except RuntimeError as error:
+            raise LostProcess(f"process {RANK}: another process is gone ({str(error).splitlines()[0][:80]}); "
+                              f"the last checkpoint is kept, the same command goes on") from None
     return tensor
 
 
 def wait():
     """Until all processes are here."""
-    if WORLD > 1:
-        dist.barrier()
+    summed(torch.zeros(1, device=torch.cuda.current_device() if dist.is_initialized() and dist.get_backend() == "nccl" else "cpu")).item()
 
 
 def say(*words):
@@ -665,7 +672,7 @@ def main():
     except (RunError, data.DataError, WeightsError, CheckpointError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         code = 2
-    except FloatingPointError as error:
+    except (FloatingPointError, LostProcess) as error:
         print(f"train.py: {error}", file=sys.stderr)
         code = 1
     sys.stdout.flush()

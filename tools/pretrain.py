@@ -34,12 +34,12 @@ PAIRS = 3_000_000                                         # first seed: no scene
 
 
 def pair(seed):
-    """Two pictures of the same one or two objects: uint8 (2, SIZE, SIZE, 3)."""
+    """Two pictures of the same one or two objects, with more colour around them than in the scenes: uint8 (2, SIZE, SIZE, 3)."""
     rng = np.random.default_rng((PAIRS, seed))
     categories = rng.choice(len(data.SHAPES), rng.integers(1, 3), replace=False)
     things = [data.new_object(rng, int(k)) for k in categories]
     radius = (0.18, 0.42) if len(things) == 1 else (0.18, 0.32)
-    return np.stack([data.render(rng, things, SIZE, radius)[0] for _ in range(2)])
+    return np.stack([data.render(rng, things, SIZE, radius, tint=0.09, clutter=0.8)[0] for _ in range(2)])
 
 
 def photo(path):
@@ -60,7 +60,7 @@ def views(image, size, area, g):
                          torch.stack([sx * sin * mirror, sy * cos, ty], 1)], 1)
     grid = F.affine_grid(theta, (B, 3, size, size), align_corners=False)
     image = F.grid_sample(image, grid, padding_mode="reflection", align_corners=False)
-    draws = torch.stack([*[torch.zeros(B)] * 4, u(0.6, 1.4), u(0.6, 1.4), u(0.6, 1.4), u(-0.05, 0.05),
+    draws = torch.stack([*[torch.zeros(B)] * 4, u(0.6, 1.4), u(0.6, 1.4), u(0.6, 1.4), u(-0.08, 0.08),
                          (u(0, 1) < 0.2).float(), (u(0, 1) < 0.3) * u(0.5, 1.5)], 1)
     image = data.augment(image, draws)
     return (image - image.new_tensor(MEAN).view(3, 1, 1)) / image.new_tensor(STD).view(3, 1, 1)
