@@ -253,8 +253,8 @@ def main():
     chosen, _ = select_windows(foreground(A, (20, 20))[0], boxes, 8)
     attention = A[0, 0, 1:].view(20, 20)
     tiles = [("image and kept windows", picture[0]), ("attention of CLS", (attention / attention.max()).expand(3, -1, -1))]
-    for k, cam in enumerate(class_activation_maps(vit, picture, centroids)[0]):
-        tiles.append((f"map of cluster {k}", (cam / cam.max().clamp(min=1e-9)).expand(3, -1, -1)))
+    maps = class_activation_maps(vit, picture, centroids)[0]
+    tiles += [(f"map of cluster {k}", (cam / maps.max()).expand(3, -1, -1)) for k, cam in enumerate(maps)]
     page = Image.new("RGB", (len(tiles) * (cell + 10) + 10, cell + 40), "white")
     draw = ImageDraw.Draw(page)
     for i, (title, pixels) in enumerate(tiles):

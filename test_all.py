@@ -2015,7 +2015,7 @@ def test_every_option_that_readme_names_exists_and_helps_defaults_are_the_real_o
     args, (_, text) = train.parse(["--data", "voc"]), program("train.py", "--help")[0]
     for option, value in (("teacher-weight", args.teacher_weight), ("momentum", args.momentum), ("background", args.background),
                           ("classes", args.classes), ("dropout", args.dropout), ("teacher", args.teacher), ("cam-scale", args.cam_scale)):
-        entry = re.sub(r"\s+", " ", text.split(f"--{option} ", 2)[2].split(" --")[0])
+        entry = " ".join(re.search(rf"\n  --{option} .*?(?=\n  -|\n\n)", text, re.S)[0].split())
         assert float(re.search(r"default: ([\d.]+)", entry)[1]) == value if not isinstance(value, str) else f"default: {value}" in entry, option
 
 
