@@ -644,13 +644,17 @@ def sheet():
 def main():
     p = argparse.ArgumentParser(description="Show, check or download data sets.", epilog=__doc__.split("\n\n")[2],
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--check", action="store_true", help="read every file of --data and name each that is missing or broken")
-    p.add_argument("--download", metavar="DATA", choices=tuple(FILES) + ("voc-aug",), help="fetch and unpack: voc, coco80, cocostuff27")
-    p.add_argument("--url", help="another address for --download, when a host has moved: fetches only this file. Under the "
+    p.add_argument("--check", action="store_true",
+        help="read every file of --data and name each that is missing or broken")
+    p.add_argument("--download", metavar="DATA", choices=tuple(FILES) + ("voc-aug",),
+        help="fetch and unpack: voc, coco80, cocostuff27")
+    p.add_argument("--url",
+        help="another address for --download, when a host has moved: fetches only this file. Under the "
                    "name of a published file it must have the published MD5, where there is one; under another name (voc "
                    "only) it is taken as it is and its MD5 shown")
     p.add_argument("--data", choices=NAMES, default="shapes", help="data set to check (default: shapes)")
-    p.add_argument("--root", default="data", help="folder of the data sets, or of the images for folder (default: data)")
+    p.add_argument("--root", default="data",
+        help="folder of the data sets, or of the images for folder (default: data)")
     args = p.parse_args()
     try:
         if args.download:

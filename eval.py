@@ -333,12 +333,15 @@ def explain(network, checkpoint, args):
     found = np.bincount(coarse.flatten(), minlength=first + maps.shape[1])[first:].argsort()[::-1][:5]
     top = [image, grey(attention[0], size), *(grey(maps[0, k] / maps.max(), size) for k in found)]
     blank = np.full_like(image, 255)
-    low = [colours[assignment[m[0]]] for m in (coarse, teacher, pseudo, student)]
+    low = []
+    for title, mask in (("CAM label", coarse), ("teacher", teacher), ("fused, PAR" if checkpoint["args"]["par"] else "fused", pseudo), ("student", student)):
+        tile = Image.fromarray(colours[assignment[mask[0]]]).resize((160, 160), Image.NEAREST)
+        ImageDraw.Draw(tile).text((4, 2), title, "white", stroke_width=1, stroke_fill="black")
+        low.append(np.array(tile))
     titles = ["image", "attention"] + [f"CAM: {checkpoint['names'][assignment[k + first]]}" for k in found]
     titles += [""] * (4 - len(titles))
-    sheet = page([top + [blank] * (len(titles) - len(top)), low + [blank] * (len(titles) - 4)], titles, checkpoint["names"], colours)
-    ImageDraw.Draw(sheet).text((6, 24 + 160 - 2), "below: CAM label | teacher | pseudo label (fused, PAR) | student", "black")
-    sheet.save(args.picture)
+    rows = [row + [blank] * (len(titles) - len(row)) for row in (top, low)]
+    page(rows, titles, checkpoint["names"], colours).save(args.picture)
     print(f"wrote {args.picture}: every stage of Fig. 2 for {args.explain}")
 
 
@@ -364,14 +367,18 @@ def parse(argv=None):
     p.add_argument("checkpoint", help="last.pt or best.pt of a run")
     p.add_argument("--data", choices=data.NAMES, help="data set to score on (default: the one trained on)")
     p.add_argument("--root", help="its folder (default: the one trained with)")
-    p.add_argument("--limit", type=int, metavar="N", help="the first N images (default: all; 6 for --compare)")
-    p.add_argument("--native", action="store_true", help="the images' own size instead of squares (labels too)")
+    p.add_argument("--limit", type=int, metavar="N",
+        help="the first N images (default: all; 6 for --compare)")
+    p.add_argument("--native", action="store_true",
+        help="the images' own size instead of squares (labels too)")
     p.add_argument("--par", action="store_true", help="refine the prediction with PAR, dilations 1, 2, 4, 8")
     p.add_argument("--predict", metavar="PATH", help="segment this image or folder")
     p.add_argument("--out", default="masks", metavar="DIR", help="folder for --predict (default: masks)")
     p.add_argument("--explain", metavar="PHOTO", help="draw every stage of Fig. 2 for it")
-    p.add_argument("--compare", nargs="+", metavar="CHECKPOINT", help="other checkpoints to put beside this one")
-    p.add_argument("--picture", metavar="PNG", help="file of --explain and --compare (default: explain.png, compare.png)")
+    p.add_argument("--compare", nargs="+", metavar="CHECKPOINT",
+        help="other checkpoints to put beside this one")
+    p.add_argument("--picture", metavar="PNG",
+        help="file of --explain and --compare (default: explain.png, compare.png)")
     args = p.parse_args(argv)
     args.picture = args.picture or ("explain.png" if args.explain else "compare.png")
     args.refine = PAR((1, 2, 4, 8)) if args.par else None

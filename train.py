@@ -85,38 +85,58 @@ def parse(argv=None):
     by_data = "(default: by --data)"
     add("--data", choices=data.NAMES, default="shapes", help="data set (default: shapes)")
     add("--root", default="data", metavar="DIR", help="folder of the data sets (default: data)")
-    add("--classes", type=int, default=20, metavar="K", help="clusters to look for, --data folder (default: 20)")
+    add("--classes", type=int, default=20, metavar="K",
+        help="clusters to look for, --data folder (default: 20)")
     add("--backbone", choices=tuple(BACKBONES), help=f"pretrained ViT {by_data}")
-    add("--weights", metavar="FILE", help="DINO weights of that backbone (default: fetched once, tiny is shipped)")
+    add("--weights", metavar="FILE",
+        help="DINO weights of that backbone (default: fetched once, tiny is shipped)")
     add("--out", metavar="DIR", help="run folder (default: runs/<data>); caches go beside it, to runs/cache")
     add("--preset", choices=tuple(ROWS), default="dmsa", help="a row of the paper's tables (default: dmsa)")
     add("--epochs", type=int, metavar="N", help=f"passes over the data {by_data}")
     add("--batch", type=int, metavar="IMAGES", help=f"global batch over all processes {by_data}")
-    add("--accumulate", type=int, default=1, metavar="N", help="parts that a process's batch is cut into; raise it if memory is short (default: 1)")
+    add("--accumulate", type=int, default=1, metavar="N",
+        help="parts that a process's batch is cut into; raise it if memory is short (default: 1)")
     add("--lr", type=float, metavar="X", help=f"learning rate of Adam, constant {by_data}")
-    add("--size", type=int, metavar="PIXELS", help=f"side of the squashed image, crops are half of it; smaller is faster and worse {by_data}")
+    add("--size", type=int, metavar="PIXELS",
+        help=f"side of the squashed image, crops are half of it; smaller is faster and worse {by_data}")
     add("--limit", type=int, metavar="N", help="use the first N images of each split (default: all)")
     add("--seed", type=int, default=0, help="of everything; for shapes also of the scenes (default: 0)")
     add("--workers", type=int, default=4, metavar="N", help="threads that decode images (default: 4)")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is one (default: auto)")
-    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on a GPU that has it; CAM, PAR and losses stay fp32 (default: auto)")
-    add("--dry-run", action="store_true", help="check options, data and weights, print the settings, and stop")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto",
+        help="auto: cuda if there is one (default: auto)")
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto",
+        help="auto: bf16 on a GPU that has it; CAM, PAR and losses stay fp32 (default: auto)")
+    add("--dry-run", action="store_true",
+        help="check options, data and weights, print the settings, and stop")
     m = p.add_argument_group("modules of the paper")
     m.add_argument("--no-aspp", dest="aspp", action="store_const", const="none", help="no ASPP")
-    m.add_argument("--static-aspp", dest="aspp", action="store_const", const="static", help="DeepLabV3+'s rates in every epoch")
-    m.add_argument("--no-par", dest="par", action="store_const", const=(), help="pseudo labels are only upsampled")
-    m.add_argument("--par-dilations", dest="par", type=int, nargs="+", metavar="PIXELS", help="of PAR (default: 1 2 4 8; AFA's are 1 2 4 8 12 24)")
+    m.add_argument("--static-aspp", dest="aspp", action="store_const", const="static",
+        help="DeepLabV3+'s rates in every epoch")
+    m.add_argument("--no-par", dest="par", action="store_const", const=(),
+        help="pseudo labels are only upsampled")
+    m.add_argument("--par-dilations", dest="par", type=int, nargs="+", metavar="PIXELS",
+        help="of PAR (default: 1 2 4 8; AFA's are 1 2 4 8 12 24)")
     m.add_argument("--no-seg-loss", action="store_true", help="lambda_1 = 0")
-    m.add_argument("--teacher", choices=("ema", "reset", "none"), help="moving average; TransFGU's copy and reset; CAM alone (default: ema)")
-    m.add_argument("--no-teacher", dest="teacher", action="store_const", const="none", help="the same as --teacher none")
-    m.add_argument("--teacher-weight", type=float, metavar="X", help="share of the teacher in the pseudo label, 0 to 1 (default: 0.7, with stuff 0.5)")
-    m.add_argument("--teacher-start", type=int, metavar="EPOCHS", help=f"epochs of CAM alone before the teacher takes part {by_data}")
-    m.add_argument("--momentum", type=float, metavar="M", help="of the moving average, 0 to 1 (default: 0.99)")
-    m.add_argument("--background", type=float, metavar="T", help="CAM below half of it is background, 0 to 1 (default: 0.1, TransFGU's; shapes 0.2)")
-    m.add_argument("--cam-scale", choices=("image", "crop"), help="what CAM's minimum and maximum are taken of; crop is TransFGU's (default: image)")
-    m.add_argument("--lambdas", type=float, nargs=4, metavar=("SEG", "CE", "UN", "CLS"), help=f"weights of Eq. 6 {by_data}")
-    m.add_argument("--jitter", type=float, nargs=4, metavar=("B", "C", "S", "H"), help="of brightness, contrast, saturation, 0 to 1, and hue in turns (default: 0.8 0.8 0.8 0.2, TransFGU's)")
-    m.add_argument("--dropout", type=float, metavar="P", help="in the decoder; then results depend on the number of processes (default: 0)")
+    m.add_argument("--teacher", choices=("ema", "reset", "none"),
+        help="moving average; TransFGU's copy and reset; CAM alone (default: ema)")
+    m.add_argument("--no-teacher", dest="teacher", action="store_const", const="none",
+        help="the same as --teacher none")
+    m.add_argument("--teacher-weight", type=float, metavar="X",
+        help="share of the teacher in the pseudo label, 0 to 1 (default: 0.7, with stuff 0.5)")
+    m.add_argument("--teacher-start", type=int, metavar="EPOCHS",
+        help=f"epochs of CAM alone before the teacher takes part {by_data}")
+    m.add_argument("--momentum", type=float, metavar="M",
+        help="of the moving average, 0 to 1 (default: 0.99)")
+    m.add_argument("--background", type=float, metavar="T",
+        help="CAM below half of it is background, 0 to 1 (default: 0.1, TransFGU's; shapes 0.2)")
+    m.add_argument("--cam-scale", choices=("image", "crop"),
+        help="what CAM's minimum and maximum are taken of; crop is TransFGU's (default: image)")
+    m.add_argument("--lambdas", type=float, nargs=4, metavar=("SEG", "CE", "UN", "CLS"),
+        help=f"weights of Eq. 6 {by_data}")
+    m.add_argument("--jitter", type=float, nargs=4, metavar=("B", "C", "S", "H"),
+        help="of brightness, contrast, saturation, 0 to 1, and hue in turns (default: 0.8 0.8 0.8 0.2, TransFGU's)")
+    m.add_argument("--dropout", type=float, metavar="P",
+        help="in the decoder; then results depend on the number of processes (default: 0)")
     args = p.parse_args(argv)
     for name, value in (SETTINGS[args.data] | ROWS[args.preset]).items():
         if getattr(args, name, None) is None:

@@ -96,9 +96,11 @@ def project(network, image, g=None):
 
 def main():
     p = argparse.ArgumentParser(description="DINO self-distillation of the tiny ViT, without labels.")
-    p.add_argument("--data", choices=("shapes", "folder"), default="shapes", help="pairs of renders, or a folder of images (default: shapes)")
+    p.add_argument("--data", choices=("shapes", "folder"), default="shapes",
+        help="pairs of renders, or a folder of images (default: shapes)")
     p.add_argument("--root", default="data", help="the folder of images (default: data)")
-    p.add_argument("--images", type=int, default=4096, help="pairs, or images of the folder, to learn from (default: 4096)")
+    p.add_argument("--images", type=int, default=4096,
+        help="pairs, or images of the folder, to learn from (default: 4096)")
     p.add_argument("--steps", type=int, default=400, help="optimizer steps (default: 400)")
     p.add_argument("--batch", type=int, default=64, help="pairs per step (default: 64)")
     p.add_argument("--lr", type=float, default=1e-3, help="highest learning rate (default: 0.001)")
