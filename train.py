@@ -31,8 +31,8 @@ import torch.nn.functional as F
 import cam
 import data
 from aspp import DEEPLAB_RATES, dilation_rates
-from eval import (CheckpointError, GROUP, confusion_matrix, curves, evaluate, groups, load_checkpoint, normalise, panels,
-                  scores)
+from eval import (CheckpointError, confusion_matrix, curves, evaluate, groups, load_checkpoint, normalise,
+                  panels, scores)
 from losses import cam_probabilities, dmsa_losses, min_max, permutation_weight, pixel_counts, pseudo_label
 from model import BACKBONES, DMSA, Head, WeightsError, backbone
 from par import PAR
@@ -47,11 +47,12 @@ COMMON = dict(
     lambdas=(0.1, 1.0, 0.3, 1.0),                         # of Eq. 6: seg, CE, un, cls (decision 16)
     background=0.1, teacher_weight=0.7,                   # decisions 9 and 11
     teacher_start=5, intervals=(5, 5, 5, 5, 4, 4, 4, 4, 4, 3),   # epochs of CAM alone; of --teacher reset, by decade
-    par=(1, 2, 4, 8), cam_scale="image", aspp="dynamic", teacher="ema", momentum=0.99, dropout=0.0, losses_at="crop", jitter=data.JITTER)
+    par=(1, 2, 4, 8), cam_scale="image", aspp="dynamic", teacher="ema", momentum=0.99, dropout=0.0,
+    losses_at="crop", jitter=data.JITTER)
 SETTINGS = {
     "shapes": COMMON | dict(                              # small, so that a CPU is enough; see README's table
-        backbone="tiny", size=128, crop=96, bank=128, window=96, batch=16, epochs=10, lr=5e-4, lambdas=(0.3, 1.0, 0.1, 1.0),
-        background=0.2, teacher_start=4, intervals=(2,), jitter=(0.4, 0.4, 0.4, 0.05)),
+        backbone="tiny", size=128, crop=96, bank=128, window=96, batch=16, epochs=10, lr=5e-4,
+        lambdas=(0.3, 1.0, 0.1, 1.0), background=0.2, teacher_start=4, intervals=(2,), jitter=(0.4, 0.4, 0.4, 0.05)),
     "voc": COMMON | dict(repeat=20, lambdas=(0.3, 1.0, 0.3, 1.0)),
     "voc-aug": COMMON | dict(epochs=150, lr=1e-5),
     "coco80": COMMON | dict(scales=cam.SCENE_SCALES, batch=256, epochs=200, teacher_start=3, intervals=(3, 3, 3, 2)),
@@ -61,12 +62,14 @@ SETTINGS = {
 }
 # Rows of the paper's tables that are not DMSA. In the released code ASPP never reaches the tokens and PAR is
 # commented out, so that it is TransFGU with L_seg and another fusion weight (README, "What the released code does").
-TRANSFGU = dict(aspp="none", par=(), cam_scale="crop", teacher="reset", teacher_weight=0.5, dropout=0.1, losses_at="patches",
-                lambdas=(0.0, 1.0, 0.3, 1.0))
-ROWS = {"dmsa": {}, "transfgu": TRANSFGU, "released": TRANSFGU | dict(teacher_weight=0.7, lambdas=(0.3, 1.0, 0.3, 1.0))}
+TRANSFGU = dict(aspp="none", par=(), cam_scale="crop", teacher="reset", teacher_weight=0.5, dropout=0.1,
+                losses_at="patches", lambdas=(0.0, 1.0, 0.3, 1.0))
+RELEASED = TRANSFGU | dict(teacher_weight=0.7, lambdas=(0.3, 1.0, 0.3, 1.0))
+ROWS = {"dmsa": {}, "transfgu": TRANSFGU, "released": RELEASED}
 
 BANK_IMAGES, BANK_WINDOWS = 10_000, 200_000               # k-means sees the windows of so many images at most
-MAY_DIFFER = {"out", "root", "workers", "device", "accumulate", "epochs", "dry_run"}   # between a run and its resumption
+# what may differ between a run and its resumption
+MAY_DIFFER = {"out", "root", "workers", "device", "accumulate", "epochs", "dry_run"}
 
 
 class LostProcess(RuntimeError):
@@ -154,7 +157,8 @@ def parse(argv=None):
             p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be between 0 and {high}")
     patch = BACKBONES[args.backbone][0]["patch_size"]
     if args.size % 2 or args.crop % patch or args.size < 4 * patch:
-        p.error(f"--size {args.size}: half of it must be a multiple of {args.backbone}'s patch, {patch}, and at least {2 * patch}")
+        p.error(f"--size {args.size}: half of it must be a multiple of {args.backbone}'s patch, {patch}, "
+                f"and at least {2 * patch}")
     if args.weights and not os.path.isfile(args.weights):
         p.error(f"--weights {args.weights}: no such file")
     if any(d < 1 for d in args.par):
@@ -175,7 +179,8 @@ def start_processes(device):
         raise RunError("--device cuda: this machine shows no GPU to torch; use --device cpu")
     cuda = device == "cuda" or device == "auto" and torch.cuda.is_available()
     if cuda and LOCAL >= torch.cuda.device_count():
-        raise RunError(f"process {LOCAL} of this machine has no GPU of its own ({torch.cuda.device_count()} here): lower --nproc_per_node")
+        raise RunError(f"process {LOCAL} of this machine has no GPU of its own ({torch.cuda.device_count()} here): "
+                       f"lower --nproc_per_node")
     if WORLD > 1:                                         # the slowest wait is for another process's share of the caches
         dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=4))
     if cuda:
@@ -196,7 +201,8 @@ def summed(tensor):
 
 def wait():
     """Until all processes are here."""
-    summed(torch.zeros(1, device=torch.cuda.current_device() if dist.is_initialized() and dist.get_backend() == "nccl" else "cpu")).item()
+    nccl = dist.is_initialized() and dist.get_backend() == "nccl"
+    summed(torch.zeros(1, device=torch.cuda.current_device() if nccl else "cpu")).item()
 
 
 def say(*words):
@@ -250,7 +256,8 @@ def cache(folder, name, key, n, shape, dtype, compute):
         array["done"][group.start:group.stop] = 1
         if RANK == 0 and sys.stderr.isatty():
             left = (time.time() - start) / count * (len(missing) - count)
-            print(f"\r{name}: {count} of {len(missing)} groups, {left:.0f} s left ", end="\n" if count == len(missing) else "", file=sys.stderr)
+            print(f"\r{name}: {count} of {len(missing)} groups, {left:.0f} s left ", file=sys.stderr,
+                  end="\n" if count == len(missing) else "")
     array.flush()
     wait()
     return np.load(file, mmap_mode="c")["x"]                # copy on write: nothing goes back to the file
@@ -270,7 +277,8 @@ def open_data(args):
     for split in ("train",) if args.data == "folder" else ("train", "val"):
         if RANK:                                          # the first process lists COCO's images, the others read its list
             wait()
-        sources[split] = data.dataset(args.data, args.root, split, args.classes, args.seed, Path(args.out).parent / "cache")
+        sources[split] = data.dataset(args.data, args.root, split, args.classes, args.seed,
+                                      cache=Path(args.out).parent / "cache")
         if not RANK:
             wait()
         if args.limit:
@@ -288,17 +296,21 @@ def prepare(args, sources, vit, digest, device):
     with ThreadPoolExecutor(args.workers) as pool:
         for split, source in sources.items():
             n, S, prints = len(source), args.size, fingerprint(source)
-            images[split] = cache(folder, f"{args.data}-{split}-images", [prints, S], n, (S, S, 3), "u1", lambda g: np.stack(
-                list(pool.map(lambda i: data.squash(source.image(i), S), g))))
+            name = f"{args.data}-{split}"
+            squashed = lambda g: np.stack(list(pool.map(lambda i: data.squash(source.image(i), S), g)))
+            images[split] = cache(folder, f"{name}-images", [prints, S], n, (S, S, 3), "u1", squashed)
             if split == "val":
-                labels = cache(folder, f"{args.data}-{split}-labels", [prints, S, args.data], n, (S, S), "u1", lambda g: np.stack(
-                    list(pool.map(lambda i: data.squash(source.label(i), S, "nearest"), g))))
+                squashed = lambda g: np.stack(list(pool.map(lambda i: data.squash(source.label(i), S, "nearest"), g)))
+                labels = cache(folder, f"{name}-labels", [prints, S, args.data], n, (S, S), "u1", squashed)
             if split == "train":
                 centroids = find_centroids(args, vit, digest, device, source, prints, folder, pool)
             K, grid = len(centroids), S // vit.patch_size
-            key = [prints, S, digest, args.scales, args.bank, args.window, args.seed, hashlib.sha256(centroids.numpy().tobytes()).hexdigest()]
-            maps[split] = cache(folder, f"{args.data}-{split}-cam", key, n, (K, grid, grid), "<f2", lambda g: min_max(cam.class_activation_maps(
-                vit, normalise(images[split][g.start:g.stop])[1].to(device), centroids.to(device))).cpu().numpy())
+            key = [prints, S, digest, hashlib.sha256(centroids.numpy().tobytes()).hexdigest()]
+
+            def camera(group):
+                image = normalise(images[split][group.start:group.stop])[1].to(device)
+                return min_max(cam.class_activation_maps(vit, image, centroids.to(device))).cpu().numpy()
+            maps[split] = cache(folder, f"{name}-cam", key, n, (K, grid, grid), "<f2", camera)
     return images, labels, maps, centroids
 
 
@@ -312,7 +324,8 @@ def find_centroids(args, vit, digest, device, source, prints, folder, pool):
         out = np.full((len(group), kinds, per_image, vit.embed_dim), np.nan, np.float16)   # NaN: no such window
         loaded = pool.map(lambda i: data.squash(source.image(chosen[i]), args.bank), group)
         for row, image in zip(out, loaded):
-            found = cam.window_features(vit, normalise(image[None])[1].to(device), args.window, args.scales, kinds == 2)
+            image = normalise(image[None])[1].to(device)
+            found = cam.window_features(vit, image, args.window, args.scales, kinds == 2)
             for kind in range(kinds):
                 row[kind, :len(found[kind])] = found[kind].cpu().numpy()
         return out
@@ -355,7 +368,8 @@ def save(checkpoint, file):
         os.close(folder)
     except (OSError, RuntimeError) as error:              # torch's zip writer raises RuntimeError on a full disk
         part.unlink(missing_ok=True)
-        raise RunError(f"{file}: cannot write the checkpoint ({str(error).splitlines()[0][:100]}); the one before is kept") from None
+        raise RunError(f"{file}: cannot write the checkpoint ({str(error).splitlines()[0][:100]}); "
+                       f"the one before is kept") from None
 
 
 def resume(args, out):
@@ -365,8 +379,8 @@ def resume(args, out):
     state = load_checkpoint(out / "last.pt")
     for name, value in vars(args).items():
         if name not in MAY_DIFFER and state["args"].get(name) != value:
-            raise RunError(f"{out}/last.pt: begun with --{name.replace('_', '-')} {state['args'].get(name)}, now {value}: "
-                           f"use another --out, or the same option to go on")
+            raise RunError(f"{out}/last.pt: begun with --{name.replace('_', '-')} {state['args'].get(name)}, "
+                           f"now {value}: use another --out, or the same option to go on")
     return state
 
 
@@ -411,7 +425,8 @@ def batches(args, images, maps, epoch, first, device):
         parts = order[step * args.batch:(step + 1) * args.batch].reshape(args.accumulate, WORLD, -1)[:, RANK]
         return [(samples, torch.from_numpy(np.stack([images[s % len(images)] for s in samples])),
                  torch.from_numpy(np.stack([maps[s % len(images)] for s in samples])),
-                 torch.from_numpy(np.stack([data.draw(args.seed, epoch, int(s), args.jitter) for s in samples]))) for samples in parts]
+                 torch.from_numpy(np.stack([data.draw(args.seed, epoch, int(s), args.jitter) for s in samples])))
+                for samples in parts]
 
     with ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(load, first) if first < steps else None
@@ -420,8 +435,8 @@ def batches(args, images, maps, epoch, first, device):
             parts = ahead.result()
             waited = time.time() - begin
             ahead = pool.submit(load, step + 1) if step + 1 < steps else None
-            yield step, [(samples, image.to(device).permute(0, 3, 1, 2).float() / 255, cams.to(device).float(), draws.to(device))
-                         for samples, image, cams, draws in parts], waited
+            yield step, [(samples, image.to(device).permute(0, 3, 1, 2).float() / 255, cams.to(device).float(),
+                          draws.to(device)) for samples, image, cams, draws in parts], waited
 
 
 class Trainer:
@@ -437,7 +452,8 @@ class Trainer:
         self.optimizer = torch.optim.Adam([               # L2, not decoupled, none on biases and norms: as the peers
             {"params": [p for p in self.params if p.ndim > 1], "weight_decay": 5e-4},
             {"params": [p for p in self.params if p.ndim <= 1], "weight_decay": 0.0}], lr=args.lr)
-        self.run = {"epoch": 0, "position": 0, "step": 0, "best": -1.0, "best_epoch": 0, "cam": {}, "assignment": list(range(N))}
+        self.run = {"epoch": 0, "position": 0, "step": 0, "best": -1.0, "best_epoch": 0, "cam": {},
+                    "assignment": list(range(N))}
         if state:
             self.network.student.load_state_dict(state["student"])
             self.network.teacher.load_state_dict(state["teacher"])
@@ -446,7 +462,8 @@ class Trainer:
         self.par = PAR(tuple(args.par)) if args.par else None
         first = 1 if source.background else 0             # things are the second half of L_seg (decision 13)
         self.thing = torch.tensor([first <= n < first + source.things for n in range(N)], device=device)
-        self.bf16 = args.precision == "bf16" or args.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
+        able = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        self.bf16 = args.precision == "bf16" or args.precision == "auto" and able
 
     def low_precision(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
@@ -461,12 +478,14 @@ class Trainer:
     def replace_teacher(self):
         """TransFGU: the teacher becomes the student, the student starts anew; Adam's state is kept."""
         self.network.teacher.module.load_state_dict(self.network.student.state_dict())
-        self.network.student.load_state_dict(new_head(self.args, self.network.vit.embed_dim, len(self.source.names)).state_dict())
+        fresh = new_head(self.args, self.network.vit.embed_dim, len(self.source.names))
+        self.network.student.load_state_dict(fresh.state_dict())
 
     @torch.no_grad()
     def pseudo_labels(self, parts, epoch):
-        """Fig. 2, top. Returns [(features, label, foreground)] of the parts, and the sums of their pixel counts (4,)."""
-        args, network, out, counts = self.args, self.network, [], torch.zeros(4, dtype=torch.int64, device=self.device)
+        """Fig. 2, top. Returns [(features, label, foreground)] of the parts and their summed pixel counts (4,)."""
+        args, network, out = self.args, self.network, []
+        counts = torch.zeros(4, dtype=torch.int64, device=self.device)
         for _, image, cams, draws in parts:
             image, cams, _ = data.crop(image, cams, draws, args.crop, network.vit.patch_size)
             with self.low_precision():
@@ -497,11 +516,11 @@ class Trainer:
         for features, label, foreground in parts:
             with self.low_precision():
                 logits, class_embeddings = network.decode(network.student, features, self.rates(epoch))
-            loss = dmsa_losses(self.upsample(logits.float()), class_embeddings.float(), label, foreground, counts, self.thing,
-                               args.lambdas, self.source.background, permutation, alpha)
+            loss = dmsa_losses(self.upsample(logits.float()), class_embeddings.float(), label, foreground, counts,
+                               self.thing, args.lambdas, self.source.background, permutation, alpha)
             loss["all"].backward()
             values += torch.stack([v.detach() for v in loss.values()])
-        sums = summed(torch.cat([p.grad.flatten() for p in self.params] + [values]))        # counts are global: no mean
+        sums = summed(torch.cat([p.grad.flatten() for p in self.params] + [values]))   # counts are global: no mean
         *gradients, values = sums.split([p.numel() for p in self.params] + [5])
         values = dict(zip(loss, values.tolist()))
         wrong = not_finite(values, gradients, network.student)
@@ -517,7 +536,8 @@ class Trainer:
         """All that resuming, predicting and explaining need: tensors and plain values."""
         epoch = max(1, self.run["epoch"] + (self.run["position"] > 0))
         return self.run | {
-            "args": vars(self.args), "names": self.source.names, "background": self.source.background, "centroids": self.centroids,
+            "args": vars(self.args), "names": self.source.names, "background": self.source.background,
+            "centroids": self.centroids,
             "rates": list(self.rates(epoch)), "teacher_on": teacher_age(self.args, epoch) is not None,
             "vit": self.network.vit.state_dict(), "student": self.network.student.state_dict(),
             "teacher": self.network.teacher.state_dict(), "optimizer": self.optimizer.state_dict()}
@@ -543,24 +563,25 @@ def to_dino(image):
 def not_finite(values, gradients, student):
     """Names of the losses, or else of the gradients, that are not finite; "" if all are."""
     wrong = [name for name, value in values.items() if not math.isfinite(value)]
-    wrong = wrong or ["gradient of " + name for (name, _), g in zip(student.named_parameters(), gradients) if not g.isfinite().all()]
+    named = zip(student.named_parameters(), gradients)
+    wrong = wrong or ["gradient of " + name for (name, _), g in named if not g.isfinite().all()]
     return ", ".join(wrong[:3])
 
 
 def score_cam(args, source, maps, labels, device):
-    """How good the coarse labels are before any training: mIoU and accuracy on val, printed beside the trivial answer."""
+    """How good the coarse labels are before any training: mIoU and accuracy on val, beside the trivial answer's."""
     total = torch.zeros(len(source.names), len(source.names), dtype=torch.int64)
     for group in groups(len(labels), RANK, WORLD):
-        probabilities = cam_probabilities(torch.from_numpy(maps[group.start:group.stop].astype(np.float32)), source.background,
-                                          args.background, scaled=True)
+        cams = torch.from_numpy(maps[group.start:group.stop].astype(np.float32))
+        probabilities = cam_probabilities(cams, source.background, args.background, scaled=True)
         masks = F.interpolate(probabilities, size=labels.shape[1:], mode="bilinear").argmax(1)
         total += confusion_matrix(labels[group.start:group.stop], masks, len(source.names))
     total = summed(total.to(device)).cpu()
     coarse, trivial = scores(total), torch.zeros_like(total)
     trivial[:, 0] = total.sum(1)
     trivial = scores(trivial)
-    say(f"CAM labels on val: mIoU {coarse['miou']:.2f} accuracy {coarse['accuracy']:.2f}; all pixels as the most frequent class: "
-        f"mIoU {trivial['miou']:.2f} accuracy {trivial['accuracy']:.2f}")
+    say(f"CAM labels on val: mIoU {coarse['miou']:.2f} accuracy {coarse['accuracy']:.2f}; "
+        f"all pixels as the most frequent class: mIoU {trivial['miou']:.2f} accuracy {trivial['accuracy']:.2f}")
     return {"cam_miou": coarse["miou"], "cam_accuracy": coarse["accuracy"]}
 
 
@@ -577,17 +598,20 @@ def train(args, device, stop):
     wait()
     vit, weights, digest = backbone(args.backbone, args.weights)
     say(f"{args.backbone}: {weights}, SHA-256 {digest}")
-    images, labels, maps, centroids = prepare(args, sources, vit.to(device).eval().requires_grad_(False), digest, device)
+    vit = vit.to(device).eval().requires_grad_(False)
+    images, labels, maps, centroids = prepare(args, sources, vit, digest, device)
     source, samples = sources["train"], len(images["train"]) * args.repeat
     if samples < args.batch:
-        raise RunError(f"--batch {args.batch}: larger than an epoch of {len(images['train'])} images x {args.repeat}; lower it")
+        raise RunError(f"--batch {args.batch}: larger than an epoch of {len(images['train'])} images x {args.repeat}; "
+                       f"lower it")
     trainer = Trainer(args, vit, source, centroids, device, state)
     run, network, log, last = trainer.run, trainer.network, out / "log.jsonl", samples // args.batch - 1
     if state:
         say(f"{out}: going on after epoch {run['epoch']}, step {run['step']}")
     if RANK == 0:                                         # lines after the checkpoint will be written again
         lines = log.read_text().splitlines(True) if state and log.exists() else []
-        log.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= run["step"]))
+        whole = [line for line in lines if line.endswith("\n")]
+        log.write_text("".join(line for line in whole if json.loads(line)["step"] <= run["step"]))
     if labels is not None and not run["cam"]:
         run["cam"] = score_cam(args, source, maps["val"], labels, device)
 
@@ -597,7 +621,7 @@ def train(args, device, stop):
             trainer.replace_teacher()
         begin, waited, first, sums = time.time(), 0.0, run["position"], {}
         for position, parts, seconds in batches(args, images["train"], maps["train"], epoch, first, device):
-            torch.manual_seed(args.seed + 1009 * run["step"] + 31 * RANK)                   # only dropout draws from it
+            torch.manual_seed(args.seed + 1009 * run["step"] + 31 * RANK)          # only dropout draws from it
             todo, counts = trainer.pseudo_labels(parts, epoch)
             signals = F.one_hot(torch.tensor(stop.signal, device=device), 65)
             counts, signals = summed(torch.cat([counts, signals])).split([4, 65])
@@ -608,12 +632,16 @@ def train(args, device, stop):
                                          f"{names[:8]}{' ...' if len(names) > 8 else ''}; the last checkpoint is kept")
             run["step"], run["position"], waited = run["step"] + 1, position + 1, waited + seconds
             sums = {k: sums.get(k, 0.0) + v for k, v in values.items()}
-            record = {"epoch": epoch, "step": run["step"], **values, "rates": list(trainer.rates(epoch)), "lr": args.lr}
+            record = {"epoch": epoch, "step": run["step"], **values, "rates": list(trainer.rates(epoch)),
+                      "lr": args.lr}
             ended_by = int(signals[1:].nonzero()[0]) + 1 if signals[1:].any() else 0
             if position == last:
                 elapsed, steps = time.time() - begin, last + 1 - first
-                peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-                record |= {"images_per_s": steps * args.batch / elapsed, "data_wait": waited / elapsed, "peak_gb": peak / 1e9}
+                peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+                if device.type == "cuda":
+                    peak = torch.cuda.max_memory_allocated()
+                record |= {"images_per_s": steps * args.batch / elapsed, "data_wait": waited / elapsed,
+                           "peak_gb": peak / 1e9}
                 if labels is not None:
                     record |= score(trainer, images["val"], labels, epoch)
             if RANK == 0:
@@ -623,11 +651,13 @@ def train(args, device, stop):
                 trainer.save("last.pt")
                 return ended_by
         run["epoch"], run["position"], better = epoch, 0, False
-        if labels is not None and record["miou"] + record["accuracy"] > run["best"]:        # chosen on val, as the peers do
+        if labels is not None and record["miou"] + record["accuracy"] > run["best"]:   # chosen on val, as the peers do
             run["best"], run["best_epoch"], better = record["miou"] + record["accuracy"], epoch, True
         trainer.save(*["best.pt"] * better, "last.pt")
-        shown = f"  mIoU {record['miou']:.2f} accuracy {record['accuracy']:.2f} clusters {record['clusters']}" if labels is not None else ""
-        say(f"epoch {epoch}/{args.epochs}  {'  '.join(f'{k} {v / steps:.4f}' for k, v in sums.items())}{shown}  rates {record['rates']}  "
+        means = "  ".join(f"{k} {v / steps:.4f}" for k, v in sums.items())
+        shown = "" if labels is None else (f"  mIoU {record['miou']:.2f} accuracy {record['accuracy']:.2f} "
+                                           f"clusters {record['clusters']}")
+        say(f"epoch {epoch}/{args.epochs}  {means}{shown}  rates {record['rates']}  "
             f"{record['images_per_s']:.0f} images/s  wait {100 * record['data_wait']:.0f} %  {record['peak_gb']:.2f} GB")
         if ended_by:
             return ended_by
@@ -658,7 +688,8 @@ def finish(trainer, images, labels, log):
     if labels is not None:
         scored = {r["epoch"]: r for r in map(json.loads, log.read_text().splitlines()) if "miou" in r}
         say("  ".join(f"{name}: mIoU {r['miou']:.2f} accuracy {r['accuracy']:.2f};" for name, r in (
-            ("last epoch", scored[run["epoch"]]), (f"best epoch, {run['best_epoch']}, chosen on val", scored[run["best_epoch"]])))
+            ("last epoch", scored[run["epoch"]]),
+            (f"best epoch, {run['best_epoch']}, chosen on val", scored[run["best_epoch"]])))
             + f"  CAM labels: mIoU {run['cam']['cam_miou']:.2f}")
     say(f"wrote {out}/: log.jsonl, last.pt, {'' if labels is None else 'best.pt, '}panels.png, curves.png")
 
