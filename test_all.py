@@ -1634,6 +1634,16 @@ def test_eval_prints_the_scores_of_the_log_and_draws_its_pictures(uninterrupted,
         assert code == 0 and Image.open(args[-1]).size[0] > 300, text
 
 
+def test_bf16_changes_the_losses_little_and_the_caches_not_at_all(uninterrupted, tmp_path):
+    folder, _, log = uninterrupted
+    (code, text), = program("train.py", *RUN, "--epochs", "1", "--precision", "bf16", "--out", tmp_path / "run")
+    assert code == 0, text
+    first = log_values(tmp_path / "run")[0]
+    assert first["ce"] == pytest.approx(log[0]["ce"], rel=0.02) and first["ce"] != log[0]["ce"]
+    for cache in (folder / "cache").iterdir():
+        assert cache.read_bytes() == (tmp_path / "cache" / cache.name).read_bytes()
+
+
 def test_a_folder_of_photographs_trains_and_predicts_without_labels(tmp_path):
     (tmp_path / "in").mkdir()
     for i in range(8):
