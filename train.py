@@ -234,7 +234,7 @@ def cache(folder, name, key, n, shape, dtype, compute):
     """
     digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]
     file = Path(folder) / f"{name}-{digest}.npy"
-    if not file.exists() and (LOCAL == 0 or RANK == 0):
+    if not file.exists() and LOCAL == 0:
         file.parent.mkdir(parents=True, exist_ok=True)
         part = Path(f"{file}.{os.getpid()}")
         try:
@@ -334,7 +334,7 @@ def find_centroids(args, vit, digest, device, source, prints, folder, pool):
     bank = cache(folder, f"{args.data}-windows", key, len(chosen), (kinds, per_image, vit.embed_dim), "<f2", features)
     name = hashlib.sha256(json.dumps([key, source.things, source.stuff, args.seed]).encode()).hexdigest()[:16]
     file = folder / f"{args.data}-centroids-{name}.npy"
-    if not file.exists() and (LOCAL == 0 or RANK == 0):
+    if not file.exists() and LOCAL == 0:
         found, rng = [], np.random.default_rng(args.seed)
         for kind, k in enumerate((source.things, source.stuff)[:kinds]):
             windows = bank[:, kind].reshape(-1, vit.embed_dim)
@@ -593,10 +593,9 @@ def train(args, device, stop):
         say(f"{out}: this run is finished ({state['epoch']} epochs); raise --epochs to go on, or use another --out")
         return 0
     sources = open_data(args)
-    if RANK == 0 or LOCAL == 0:                           # one process of each machine fetches the weights
-        backbone(args.backbone, args.weights)
+    loaded = backbone(args.backbone, args.weights) if LOCAL == 0 else None          # one of each machine fetches them
     wait()
-    vit, weights, digest = backbone(args.backbone, args.weights)
+    vit, weights, digest = loaded or backbone(args.backbone, args.weights)
     say(f"{args.backbone}: {weights}, SHA-256 {digest}")
     vit = vit.to(device).eval().requires_grad_(False)
     images, labels, maps, centroids = prepare(args, sources, vit, digest, device)
