@@ -120,7 +120,7 @@ def main():
     """Draw the taps that one patch reads, for the four rows of Table 1, and check Eq. 1 for each."""
     from PIL import Image, ImageDraw
     grid, cell, gap = 20, 14, 24
-    colours = {0: "#d62728", 1: "#1f77b4", 2: "#2ca02c", 3: "#ff7f0e"}    # the centre, then the three branches
+    colours = ("#d62728", "#1f77b4", "#2ca02c", "#ff7f0e")                # the centre, then the branches
     rows = [("epoch mod 10 = 1 3 5 7", 1), ("2 4 6", 2), ("8 9", 8), ("0", 10)]
     page = Image.new("RGB", (len(rows) * (grid * cell + gap) + gap, grid * cell + 56), "white")
     draw = ImageDraw.Draw(page)
@@ -139,8 +139,9 @@ def main():
                 for dx in (-1, 0, 1):
                     y, x = centre + dy * rates[branch], centre + dx * rates[branch]
                     if 0 <= y < grid and 0 <= x < grid:                   # a tap outside reads zero
-                        box = [left + x * cell + 2, top + y * cell + 2, left + x * cell + 12, top + y * cell + 12]
-                        draw.rectangle(box, fill=colours[branch if dy or dx else 0])
+                        corner = left + x * cell + 2, top + y * cell + 2
+                        draw.rectangle([*corner, corner[0] + 10, corner[1] + 10],
+                                       fill=colours[branch if dy or dx else 0])
     page.save("aspp.png")
     print("wrote aspp.png: red the patch itself, blue / green / orange the taps of the three atrous branches")
 

@@ -1,13 +1,13 @@
-"""Coarse pseudo labels from a self-supervised ViT alone: windows, clusters, class activation maps (DMSA Eq. 5).
+"""Coarse labels from a self-supervised ViT alone: windows, clusters, class activation maps (DMSA Eq. 5).
 
-    image --attention of CLS--> foreground --sliding windows--> CLS features --k-means over all images--> K centroids
+    image --attention of CLS--> foreground --windows--> CLS features --k-means over all images--> K centroids
     image, K centroids --gradient of cos(CLS, centroid) in the last attention--> K maps (B, K, h, w)
 
 "The method borrowed from TransFGU" (DMSA Sec. 4.1). Nothing here is trained and no label is used.
 Needs torch, numpy and scipy; the ViT is an argument: any with DINO's attribute names (prepare_tokens, blocks,
 norm; in a block norm1, attn.qkv, attn.proj, attn.num_heads, norm2, mlp). Copy this file anywhere.
 
-    python cam.py         # writes cam.png: windows, clusters and class maps, by a ViT small enough to write by hand
+    python cam.py         # writes cam.png: windows and class maps, by a ViT small enough to write by hand
 """
 
 import numpy as np
@@ -30,20 +30,21 @@ KEEP_MASS = 0.8                                           # share of a map's mas
 def last_attention(vit, image):
     """Normalised image (B, 3, H, W) -> what the CLS token does in the last block.
 
-    returns  x (B, D) CLS before the block; A (B, heads, n) its attention over the n = 1 + hw tokens, sums to 1;
-             v (B, heads, n, d) the values. Only this row of the n x n map is ever needed.
+    returns  x (B, D) CLS before the block; A (B, heads, n) its attention over the n = 1 + hw tokens, sums
+             to 1; v (B, heads, n, d) the values. Only this row of the n x n map is ever needed.
     """
     x = vit.prepare_tokens(image)                                                 # (B, n, D)
     for block in vit.blocks[:-1]:
         x = block(x)
     block = vit.blocks[-1]
-    q, k, v = block.attn.qkv(block.norm1(x)).unflatten(2, (3, block.attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    qkv = block.attn.qkv(block.norm1(x)).unflatten(2, (3, block.attn.num_heads, -1))
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)                                          # (B, heads, n, d) each
     A = (q[:, :, :1] @ k.transpose(2, 3) * q.shape[3] ** -0.5).softmax(3)         # (B, heads, 1, n), Eq. 2
     return x[:, 0], A.squeeze(2), v
 
 
 def cls_feature(vit, x, attended):
-    """The rest of the last block for the CLS token alone: x, attended = A v (..., D) -> normed CLS (..., D)."""
+    """The rest of the last block for CLS alone: x, attended = A v (..., D) -> normed CLS (..., D)."""
     block = vit.blocks[-1]
     x = x + block.attn.proj(attended)
     return vit.norm(x + block.mlp(block.norm2(x)))
@@ -61,8 +62,9 @@ def patch_grid(vit, image):
 def windows(h, w, scales=THING_SCALES):
     """Sliding windows on an h x w grid: (M, 4) int64 of x0 y0 x1 y1, patches, both ends inclusive.
 
-    The side is s = int(min(h, w) * scale); centres step by s / 2 and one more touches the far border. Scale by
-    scale, rows first. 70 windows for VOC's scales on 20 x 20, 40 x 40 and 80 x 80. Raises ValueError if none fits.
+    The side is s = int(min(h, w) * scale); centres step by s / 2 and one more touches the far border. Scale
+    by scale, rows first. 70 windows for VOC's scales on 20 x 20, 40 x 40 and 80 x 80. Raises ValueError if
+    none fits.
     """
     boxes = []
     for scale in scales:
@@ -100,7 +102,7 @@ def select_windows(mask, boxes, patch):
 
 
 def pixel_boxes(boxes, patch):
-    """Patches, both ends inclusive -> pixels, end exclusive; the last row and column are cut (as TransFGU does)."""
+    """Patches, both ends inclusive -> pixels, end exclusive; the last row and column are cut (TransFGU)."""
     return np.concatenate([boxes[:, :2] * patch, (boxes[:, 2:] + 1) * patch - 1], axis=1)
 
 
@@ -142,7 +144,8 @@ def cluster(features, k, seed=0, restarts=5):
     """
     features = np.asarray(features, dtype=np.float32)
     if len(features) < k:
-        raise ValueError(f"{len(features)} windows are too few for {k} clusters: give more images or fewer classes")
+        raise ValueError(f"{len(features)} windows are too few for {k} clusters: "
+                         f"give more images or fewer classes")
     rng, best, lowest = np.random.default_rng(seed), None, np.inf
     for _ in range(restarts):
         centroids, _ = kmeans2(features, k, iter=100, minit="++", rng=rng)
@@ -182,13 +185,13 @@ def class_activation_maps(vit, image, centroids):
     `attended`. One backward pass of K copies of one token through the last MLP gives all K of them.
     """
     B, K, grid = len(image), len(centroids), patch_grid(vit, image)
-    x, A, v = last_attention(vit, image)                                          # (B, D) (B, heads, n) (B, heads, n, d)
+    x, A, v = last_attention(vit, image)                        # (B, D), (B, heads, n), (B, heads, n, d)
     attended = (A[:, :, None] @ v).flatten(1)                                     # (B, D)
     with torch.enable_grad():
         copies = attended[:, None].repeat(1, K, 1).requires_grad_()               # (B, K, D)
         cosine = F.cosine_similarity(cls_feature(vit, x[:, None], copies), centroids, dim=2)
         u, = torch.autograd.grad(cosine.sum(), copies)                            # (B, K, D)
-    v = v[:, :, 1:].transpose(1, 2).flatten(2)                                    # (B, hw, D), heads side by side
+    v = v[:, :, 1:].transpose(1, 2).flatten(2)                                    # (B, hw, D)
     alpha = u @ v.transpose(1, 2) / A.shape[1]                                    # (B, K, hw)
     evidence = F.relu(alpha)
     evidence = evidence * keep_mass(evidence)
@@ -209,7 +212,8 @@ class HandViT(nn.Module):
             super().__init__()
             self.norm1 = self.norm2 = nn.Identity()
             self.attn = nn.Module()
-            self.attn.num_heads, self.attn.qkv, self.attn.proj = 1, nn.Linear(5, 15, bias=False), nn.Identity()
+            self.attn.num_heads, self.attn.proj = 1, nn.Identity()
+            self.attn.qkv = nn.Linear(5, 15, bias=False)
             self.mlp = lambda x: torch.zeros_like(x)
             weight = torch.zeros(15, 5)
             weight[1, 0], weight[6, 1] = 25.0, 1.0                                # q k^T = 25 x saturation
@@ -230,7 +234,7 @@ class HandViT(nn.Module):
 
 
 def main():
-    """Two discs in each of 24 pictures, three colours in all: find windows, three clusters, and their maps."""
+    """Two discs in each of 24 pictures, three colours in all: find windows, three clusters, their maps."""
     from PIL import Image, ImageDraw
     size, vit, rng = 160, HandViT(), np.random.default_rng(0)
     y, x = np.mgrid[:size, :size]
@@ -252,7 +256,8 @@ def main():
     boxes = windows(20, 20)
     chosen, _ = select_windows(foreground(A, (20, 20))[0], boxes, 8)
     attention = A[0, 0, 1:].view(20, 20)
-    tiles = [("image and kept windows", picture[0]), ("attention of CLS", (attention / attention.max()).expand(3, -1, -1))]
+    tiles = [("image and kept windows", picture[0]),
+             ("attention of CLS", (attention / attention.max()).expand(3, -1, -1))]
     maps = class_activation_maps(vit, picture, centroids)[0]
     tiles += [(f"map of cluster {k}", (cam / maps.max()).expand(3, -1, -1)) for k, cam in enumerate(maps)]
     page = Image.new("RGB", (len(tiles) * (cell + 10) + 10, cell + 40), "white")

@@ -2,18 +2,20 @@
 
     python eval.py runs/voc/best.pt --data voc                     # per-class IoU, mIoU, accuracy, assignment
     python eval.py runs/voc/best.pt --native --par                 # at the images' own size, refined by PAR
-    python eval.py runs/voc/best.pt --predict photos --out masks   # palette PNG, overlay and legend of each image
+    python eval.py runs/voc/best.pt --predict photos --out masks   # palette PNG and overlay of each image
     python eval.py runs/voc/best.pt --explain photo.jpg            # every stage of Fig. 2 for one photograph
-    python eval.py A.pt --compare B.pt C.pt --predict photos       # several checkpoints side by side (Figs. 3 and 4)
+    python eval.py A.pt --compare B.pt C.pt --predict photos       # checkpoints side by side (Figs. 3 and 4)
 
-Clusters have no names: an assignment of clusters to classes, one to one, is found on the labelled split so that
-most pixels are right (Hungarian matching), and only then is anything scored (TransFGU's protocol, decision 20).
+Clusters have no names: an assignment of clusters to classes, one to one, is found on the labelled split so
+that most pixels are right (Hungarian matching), and only then is anything scored (TransFGU's protocol,
+decision 20).
 """
 
 import argparse
 import io
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +27,10 @@ from scipy.optimize import linear_sum_assignment
 import cam
 import data
 import losses
-from model import BACKBONES, DMSA, MEAN, STD, VisionTransformer
+from model import BACKBONES, DMSA, VisionTransformer, normalise
 from par import PAR
 
-GROUP = 16                                                # images of one forward pass, the same for any number of processes
+GROUP = 16                                                # images of one forward pass
 
 
 class CheckpointError(ValueError):
@@ -42,7 +44,7 @@ class CheckpointError(ValueError):
 def confusion_matrix(label, prediction, n):
     """Count pixels: (n, n) int64 [truth, prediction].
 
-    label, prediction   equal shapes, numpy or torch integers; labels outside 0..n-1 (255, -1: void) do not count
+    label, prediction   equal shapes, numpy or torch integers; labels outside 0..n-1 (void) do not count
     """
     label, prediction = torch.as_tensor(label).flatten().long(), torch.as_tensor(prediction).flatten().long()
     valid = (label >= 0) & (label < n)
@@ -64,11 +66,11 @@ def hungarian(confusion):
 def scores(confusion):
     """Scores after Hungarian matching, percent.
 
-    returns  {"miou", "accuracy", "iou": (n,), "assignment": (n,), "clusters": in use, "entropy": of the predicted
-             shares, 0 when everything is one cluster, 1 when all are equally frequent}
+    returns  {"miou", "accuracy", "iou": (n,), "assignment": (n,), "clusters": in use, "entropy": of the
+             predicted shares, 0 when everything is one cluster, 1 when all are equally frequent}
 
-    IoU = TP / (TP + FP + FN). The mean leaves out classes that are neither in truth nor in the prediction (NaN
-    here); a class that is only predicted counts 0 (TransFGU; others average over the classes in truth).
+    IoU = TP / (TP + FP + FN). The mean leaves out classes that are neither in truth nor in the prediction
+    (NaN here); a class that is only predicted counts 0 (TransFGU; others average over the classes in truth).
     """
     confusion = np.asarray(confusion)
     assignment = hungarian(confusion)
@@ -80,7 +82,8 @@ def scores(confusion):
     entropy = -(share[share > 0] * np.log(share[share > 0])).sum() / np.log(len(share))
     return {"miou": float(np.nanmean(iou)) if (union > 0).any() else 0.0,
             "accuracy": float(100 * right.sum() / max(confusion.sum(), 1)),
-            "iou": iou, "assignment": assignment, "clusters": int((share > 0).sum()), "entropy": float(abs(entropy))}
+            "iou": iou, "assignment": assignment,
+            "clusters": int((share > 0).sum()), "entropy": float(abs(entropy))}
 
 
 # ----------------------------------------------------------------------------
@@ -95,27 +98,24 @@ def load_checkpoint(file):
         raise CheckpointError(f"{file}: cannot read this checkpoint ({error.strerror})") from None
     try:
         checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:                            # torch raises many kinds on a damaged or foreign file
+    except Exception as error:                            # torch raises many kinds on a foreign file
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:100]
-        raise CheckpointError(f"{file}: damaged, or not a checkpoint of plain tensors and values: {reason}") from None
-    if not isinstance(checkpoint, dict) or not {"student", "teacher", "vit", "args", "names"} <= checkpoint.keys():
+        raise CheckpointError(f"{file}: damaged, or not a checkpoint of plain tensors and values: "
+                              f"{reason}") from None
+    needed = {"student", "teacher", "vit", "args", "names"}
+    if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
         raise CheckpointError(f"{file}: not a checkpoint of train.py")
     return checkpoint
 
 
-def restore(checkpoint, device="cpu"):
-    """The network of a checkpoint, in eval mode."""
+def restore(checkpoint):
+    """The network of a checkpoint, in eval mode, on the GPU if there is one."""
     args = checkpoint["args"]
-    network = DMSA(VisionTransformer(**BACKBONES[args["backbone"]][0]), len(checkpoint["names"]), args["aspp"] != "none")
+    vit = VisionTransformer(**BACKBONES[args["backbone"]][0])
+    network = DMSA(vit, len(checkpoint["names"]), args["aspp"] != "none")
     for name in ("vit", "student", "teacher"):
         getattr(network, name).load_state_dict(checkpoint[name])
-    return network.to(device).eval()
-
-
-def normalise(image):
-    """uint8 (B, H, W, 3), numpy or torch -> float (B, 3, H, W) in 0..1, and the same normalised for DINO."""
-    image = torch.as_tensor(image).permute(0, 3, 1, 2).float() / 255
-    return image, (image - image.new_tensor(MEAN).view(3, 1, 1)) / image.new_tensor(STD).view(3, 1, 1)
+    return network.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
 @torch.no_grad()
@@ -124,8 +124,8 @@ def segment(network, image, rates, size, par=None):
 
     size   (rows, columns) that the logits are enlarged to before the arg max; par: refine there with this PAR
     """
-    image, normalised = normalise(image)
-    logits = network(normalised, rates)                                           # (B, N, h, w)
+    image = data.to_float(image).to(network.vit.cls_token.device)                 # (B, 3, H, W)
+    logits = network(normalise(image), rates)                                     # (B, N, h, w)
     if par is not None:
         return par(F.interpolate(image, size=size, mode="bilinear"), logits.softmax(1)).argmax(1).byte()
     return F.interpolate(logits, size=size, mode="bilinear").argmax(1).byte()
@@ -137,18 +137,21 @@ def groups(n, rank=0, world=1):
     return [range(start, min(start + GROUP, n)) for start in starts]
 
 
-def evaluate(network, images, labels, rates, device="cpu", rank=0, world=1, par=None):
-    """This process's part of the confusion matrix (N, N) of a split: images (n, S, S, 3), labels (n, S, S) uint8."""
+def evaluate(network, images, labels, rates, rank=0, world=1):
+    """This process's part of the confusion matrix (N, N) of a split.
+
+    images (n, S, S, 3), labels (n, S, S) uint8; this is process `rank` of `world`
+    """
     n_classes = network.student.decoder.n_classes
     total = torch.zeros(n_classes, n_classes, dtype=torch.int64)
     for group in groups(len(labels), rank, world):
-        masks = segment(network, torch.from_numpy(images[group.start:group.stop]).to(device), rates, labels.shape[1:], par)
+        masks = segment(network, images[group.start:group.stop], rates, labels.shape[1:])
         total += confusion_matrix(labels[group.start:group.stop], masks.cpu(), n_classes)
     return total
 
 
 def whole_patches(image, patch, most=1024):
-    """Resize an image so that no pixel is beyond the last whole patch, and to `most` pixels a side at most."""
+    """Resize an image so that no pixel is beyond the last whole patch, to `most` pixels a side at most."""
     H, W = image.shape[:2]
     shrink = min(1, most / max(H, W))
     h, w = (max(patch, round(side * shrink / patch) * patch) for side in (H, W))
@@ -158,8 +161,8 @@ def whole_patches(image, patch, most=1024):
 def segment_image(network, image, rates, size, native=False, par=None):
     """Clusters of one image of any size: uint8 (H, W, 3) -> uint8 (H, W).
 
-    The network sees it squashed to size x size or, `native`, at its own size in whole patches. Masks are made at
-    up to 1024 pixels a side and enlarged from there (nearest).
+    The network sees it squashed to size x size or, `native`, at its own size in whole patches. Masks are made
+    at up to 1024 pixels a side and enlarged from there (nearest).
     """
     H, W = image.shape[:2]
     shrink = min(1, 1024 / max(H, W))
@@ -175,12 +178,13 @@ def segment_image(network, image, rates, size, native=False, par=None):
 def stages(network, checkpoint, image, par):
     """Every stage of Fig. 2 for squashed images uint8 (B, S, S, 3), in clusters.
 
-    returns  attention (B, h, w) in 0..1, CAM maps (B, K, h, w), CAM label, teacher label, pseudo label and student's
-             prediction (B, S, S)
+    returns  attention (B, h, w) in 0..1, CAM maps (B, K, h, w), CAM label, teacher label, pseudo label and
+             student's prediction (B, S, S)
     """
-    size, background = image.shape[1:3], checkpoint["background"]
+    args, size, background = checkpoint["args"], image.shape[1:3], checkpoint["background"]
     device = network.vit.cls_token.device
-    pixels, normalised = normalise(torch.from_numpy(image).to(device))
+    pixels = data.to_float(image).to(device)
+    normalised = normalise(pixels)
     upsample = lambda p: F.interpolate(p, size=size, mode="bilinear")
     refine = upsample if par is None else lambda p: par(pixels, p)
     with torch.no_grad():
@@ -188,10 +192,11 @@ def stages(network, checkpoint, image, par):
         attention = A[:, :, 1:].mean(1).unflatten(1, cam.patch_grid(network.vit, normalised))
         maps = cam.class_activation_maps(network.vit, normalised, checkpoint["centroids"].to(device))
         features, rates = network.features(normalised), checkpoint["rates"]
-        teacher, student = (network.decode(head, features, rates)[0] for head in (network.teacher, network.student))
-        coarse, _, _ = losses.pseudo_label(maps, None, upsample, 0, background, checkpoint["args"]["background"])
+        teacher = network.decode(network.teacher, features, rates)[0]
+        student = network.decode(network.student, features, rates)[0]
+        coarse, _, _ = losses.pseudo_label(maps, None, upsample, 0, background, args["background"])
         pseudo, _, _ = losses.pseudo_label(maps, teacher if checkpoint["teacher_on"] else None, refine,
-                                           checkpoint["args"]["teacher_weight"], background, checkpoint["args"]["background"])
+                                           args["teacher_weight"], background, args["background"])
     attention = attention / attention.amax((1, 2), keepdim=True)
     masks = (coarse, upsample(teacher).argmax(1), pseudo, upsample(student).argmax(1))
     return attention.cpu(), maps.cpu(), *(m.cpu().numpy() for m in masks)
@@ -199,15 +204,16 @@ def stages(network, checkpoint, image, par):
 
 def grey(maps, size):
     """(h, w) in 0..1 -> uint8 (size, size, 3), so that the patches can be seen."""
-    tile = Image.fromarray((np.asarray(maps).clip(0, 1) * 255).astype(np.uint8)).resize((size, size), Image.NEAREST)
-    return np.array(tile.convert("RGB"))
+    tile = Image.fromarray((np.asarray(maps).clip(0, 1) * 255).astype(np.uint8)).convert("RGB")
+    return np.array(tile.resize((size, size), Image.NEAREST))
 
 
 def page(rows, titles, names, colours, cell=160):
     """A picture of rows of uint8 (S, S, 3) tiles under titles, with a legend of the classes."""
     gap, head = 6, 24
     lines = -(-len(names) // max(1, len(titles) * 2))
-    sheet = Image.new("RGB", (len(titles) * (cell + gap) + gap, head + len(rows) * (cell + gap) + 18 * lines + gap), "white")
+    width, height = len(titles) * (cell + gap) + gap, head + len(rows) * (cell + gap) + 18 * lines + gap
+    sheet = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(sheet)
     for column, title in enumerate(titles):
         pen.text((gap + column * (cell + gap), 8), title, "black")
@@ -224,15 +230,16 @@ def page(rows, titles, names, colours, cell=160):
 
 
 def panels(network, checkpoint, images, labels, file, par=None):
-    """Write image | attention | CAM | pseudo label | prediction | truth for uint8 (B, S, S, 3), (B, S, S) or None."""
+    """Draw image, attention, CAM, pseudo label, prediction, truth: uint8 (B, S, S, 3), (B, S, S) or None."""
     colours, assignment, size = data.palette(), np.array(checkpoint["assignment"]), images.shape[1]
     attention, _, coarse, _, pseudo, student = stages(network, checkpoint, images, par)
     rows = []
     for i in range(len(images)):
-        row = [images[i], grey(attention[i], size), *(colours[assignment[m[i]]] for m in (coarse, pseudo, student))]
+        row = [images[i], grey(attention[i], size)]
+        row += [colours[assignment[mask[i]]] for mask in (coarse, pseudo, student)]
         rows.append(row + ([colours[labels[i]]] if labels is not None else []))
-    titles = ["image", "attention", "CAM", "fused + PAR" if par else "fused", "prediction", "truth"][:len(rows[0])]
-    page(rows, titles, checkpoint["names"], colours).save(file)
+    titles = ["image", "attention", "CAM", "fused + PAR" if par else "fused", "prediction", "truth"]
+    page(rows, titles[:len(rows[0])], checkpoint["names"], colours).save(file)
 
 
 def curves(log, file):
@@ -241,11 +248,15 @@ def curves(log, file):
     for line in Path(log).read_text().splitlines():
         record = json.loads(line)
         epochs.setdefault(record["epoch"], []).append(record)
-    mean = lambda key: [(e, float(np.mean([r[key] for r in rs if key in r]))) for e, rs in sorted(epochs.items())
-                        if any(key in r for r in rs)]
+
+    def mean(key):
+        found = {epoch: [r[key] for r in records if key in r] for epoch, records in sorted(epochs.items())}
+        return [(epoch, float(np.mean(values))) for epoch, values in found.items() if values]
+
     plots = [("losses (mean of an epoch)", {k: mean(k) for k in ("seg", "ce", "un", "cls", "all")}),
              ("percent, on val", {k: mean(k) for k in ("miou", "accuracy")})]
-    colours, sheet = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#222222"), Image.new("RGB", (900, 340), "white")
+    colours = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#222222")
+    sheet = Image.new("RGB", (900, 340), "white")
     pen = ImageDraw.Draw(sheet)
     for p, (title, lines) in enumerate(plots):
         left, top, width, height = 50 + 450 * p, 40, 380, 250
@@ -281,16 +292,23 @@ def report(result, names):
     for i, name in enumerate(names):
         iou = "absent" if np.isnan(result["iou"][i]) else f"{result['iou'][i]:6.2f}"
         print(f"{name:20}  {cluster_of[i]:7}  {iou}")
-    print(f"mIoU {result['miou']:.2f}  accuracy {result['accuracy']:.2f}  clusters in use {result['clusters']} of {len(names)}")
+    print(f"mIoU {result['miou']:.2f}  accuracy {result['accuracy']:.2f}  "
+          f"clusters in use {result['clusters']} of {len(names)}")
 
 
 def predict(network, checkpoint, args):
-    """--predict: for each image a palette PNG of class indices at its own size, an overlay, and one legend."""
+    """--predict: of each image a palette PNG of class indices at its own size, an overlay, and one legend."""
     colours, assignment = data.palette(), np.array(checkpoint["assignment"])
     found, out = data.Folder(args.predict), Path(args.out)
+    (name, times), = Counter(["legend", *found.ids, *(f"{i}_overlay" for i in found.ids)]).most_common(1)
+    if times > 1:
+        raise data.DataError(f"{args.predict}: {name}.png would be written twice (mask, and overlay "
+                             f"or legend); rename that image")
     for i in range(len(found)):
         image = found.image(i)
-        mask = assignment[segment_image(network, image, checkpoint["rates"], checkpoint["args"]["size"], args.native, args.refine)]
+        clusters = segment_image(network, image, checkpoint["rates"], checkpoint["args"]["size"],
+                                 args.native, args.refine)
+        mask = assignment[clusters]
         target = out / found.ids[i]
         target.parent.mkdir(parents=True, exist_ok=True)
         picture = Image.fromarray(mask.astype(np.uint8))
@@ -319,22 +337,23 @@ def compare(network, checkpoint, args):
             mask = segment_image(net, image, c["rates"], c["args"]["size"], args.native, args.refine)
             row.append(colours[np.array(c["assignment"])[data.squash(mask, 160, "nearest")]])
         rows.append(row + ([colours[data.squash(source.label(i), 160, "nearest")]] if truth else []))
-    titles = ["image", *(Path(f).parent.name for f in [args.checkpoint, *args.compare])] + (["truth"] if truth else [])
-    page(rows, titles, checkpoint["names"], colours).save(args.picture)
+    titles = ["image", *(Path(file).parent.name for file in [args.checkpoint, *args.compare]), "truth"]
+    page(rows, titles[:len(rows[0])], checkpoint["names"], colours).save(args.picture)
     print(f"wrote {args.picture}: {len(rows)} images, {len(columns)} checkpoints")
 
 
 def explain(network, checkpoint, args):
-    """--explain: every stage of Fig. 2 for one photograph; the maps of the five clusters that CAM finds largest."""
+    """--explain: every stage of Fig. 2 for one photograph; CAM maps of the five largest clusters."""
     colours, assignment = data.palette(), np.array(checkpoint["assignment"])
     image = data.squash(data.open_image(args.explain, upright=True), checkpoint["args"]["size"])
-    attention, maps, coarse, teacher, pseudo, student = stages(network, checkpoint, image[None], checkpoint_par(checkpoint))
+    par = PAR(tuple(checkpoint["args"]["par"])) if checkpoint["args"]["par"] else None
+    attention, maps, *masks = stages(network, checkpoint, image[None], par)
     size, first = image.shape[0], int(checkpoint["background"])
-    found = np.bincount(coarse.flatten(), minlength=first + maps.shape[1])[first:].argsort()[::-1][:5]
+    found = np.bincount(masks[0].flatten(), minlength=first + maps.shape[1])[first:].argsort()[::-1][:5]
     top = [image, grey(attention[0], size), *(grey(maps[0, k] / maps.max(), size) for k in found)]
     blank = np.full_like(image, 255)
     low = []
-    for title, mask in (("CAM label", coarse), ("teacher", teacher), ("fused, PAR" if checkpoint["args"]["par"] else "fused", pseudo), ("student", student)):
+    for title, mask in zip(("CAM label", "teacher", "fused, PAR" if par else "fused", "student"), masks):
         tile = Image.fromarray(colours[assignment[mask[0]]]).resize((160, 160), Image.NEAREST)
         ImageDraw.Draw(tile).text((4, 2), title, "white", stroke_width=1, stroke_fill="black")
         low.append(np.array(tile))
@@ -345,24 +364,22 @@ def explain(network, checkpoint, args):
     print(f"wrote {args.picture}: every stage of Fig. 2 for {args.explain}")
 
 
-def checkpoint_par(checkpoint):
-    """The PAR that a checkpoint was trained with, or None."""
-    return PAR(tuple(checkpoint["args"]["par"])) if checkpoint["args"]["par"] else None
-
-
 def open_split(checkpoint, args):
     """The validation split that --data and --root name; the checkpoint's own by default."""
     trained = checkpoint["args"]
-    source = data.dataset(args.data or trained["data"], args.root or trained["root"], "val", trained["classes"], trained["seed"])
+    source = data.dataset(args.data or trained["data"], args.root or trained["root"], "val",
+                          trained["classes"], trained["seed"])
     if args.limit:
         source.limit(args.limit)
     if len(source.names) != len(checkpoint["names"]):
-        raise CheckpointError(f"{args.checkpoint}: has {len(checkpoint['names'])} classes, the data set {len(source.names)}")
+        raise CheckpointError(f"{args.checkpoint}: has {len(checkpoint['names'])} classes, the data set "
+                              f"{len(source.names)}")
     return source
 
 
 def parse(argv=None):
-    p = argparse.ArgumentParser(description="Score, predict with, explain or compare checkpoints.", epilog=__doc__.split("\n\n")[1],
+    p = argparse.ArgumentParser(description="Score, predict with, explain or compare checkpoints.",
+                                epilog=__doc__.split("\n\n")[1],
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("checkpoint", help="last.pt or best.pt of a run")
     p.add_argument("--data", choices=data.NAMES, help="data set to score on (default: the one trained on)")
@@ -397,7 +414,8 @@ def main():
         elif args.predict:
             predict(network, checkpoint, args)
         elif (args.data or checkpoint["args"]["data"]) == "folder":
-            raise CheckpointError(f"{args.checkpoint}: trained on a folder without labels: nothing to score; use --predict")
+            raise CheckpointError(f"{args.checkpoint}: trained on a folder without labels: nothing to score; "
+                                  f"use --predict")
         else:
             source, size = open_split(checkpoint, args), checkpoint["args"]["size"]
             total = torch.zeros(len(source.names), len(source.names), dtype=torch.int64)

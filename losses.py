@@ -2,8 +2,8 @@
 
     L_all = lambda_1 L_seg + lambda_2 L_CE + lambda_3 L_un + lambda_4 L_cls
 
-Plain functions of logits (B, N, H, W), labels (B, H, W) and class embeddings (B, N, D). N counts every class, the
-background included where there is one (channel 0). Needs torch only: copy this file anywhere.
+Plain functions of logits (B, N, H, W), labels (B, H, W) and class embeddings (B, N, D). N counts every class,
+the background included where there is one (channel 0). Needs torch only: copy this file anywhere.
 
 A batch may be spread over processes and micro-batches. Every mean is therefore a sum over a `count` that the
 caller may give: with the counts of the whole batch (`pixel_counts`, summed over its parts), the parts' losses
@@ -56,14 +56,16 @@ def fuse(cam_probabilities, teacher_logits, teacher_weight):
     return (1 - teacher_weight) * cam_probabilities + teacher_weight * teacher_logits.softmax(1)
 
 
-def pseudo_label(cam, teacher_logits, refine, teacher_weight, background=True, threshold=THRESHOLD, scaled=False):
+def pseudo_label(cam, teacher_logits, refine, teacher_weight, background=True, threshold=THRESHOLD,
+                 scaled=False):
     """The upper half of Fig. 2: CAM, fused with the teacher, refined -> the label that the student learns.
 
     cam             (B, K, h, w); background, threshold, scaled as in `cam_probabilities`
     teacher_logits  (B, N, h, w), or None before the teacher starts: CAM alone
-    refine          from (B, N, h, w) to (B, N, H, W), the size of the losses: PAR with the image, or an upsampling
-    returns         label (B, H, W) int64; foreground (B, H, W) bool, the pixels of L_un: those whose CAM exceeds
-                    the threshold in any class, or all where there is no background; refined (B, N, H, W)
+    refine          (B, N, h, w) -> (B, N, H, W), the size of the losses: PAR with the image, or an upsampling
+    returns         label (B, H, W) int64; foreground (B, H, W) bool, the pixels of L_un: those whose CAM
+                    exceeds the threshold in any class, or all where there is no background; refined
+                    (B, N, H, W)
     """
     probabilities = cam_probabilities(cam, background, threshold, scaled)         # (B, N, h, w)
     if background:
@@ -99,7 +101,7 @@ def cross_entropy_loss(logits, label, permutation=None, alpha=0.0, count=None):
 
 
 def segmentation_loss(logits, label, foreground=None, counts=None, ignore=255):
-    """L_seg of Eq. 6: (mean CE over background pixels + mean CE over foreground pixels) / 2 (AFA get_seg_loss).
+    """L_seg of Eq. 6: (mean CE over background + mean CE over foreground pixels) / 2 (AFA get_seg_loss).
 
     logits      (B, N, H, W)
     label       (B, H, W)     int64 in 0..N-1; pixels of value `ignore` do not count
@@ -117,7 +119,7 @@ def segmentation_loss(logits, label, foreground=None, counts=None, ignore=255):
 
 
 def uncertainty_loss(logits, foreground, count=None):
-    """L_un of Eq. 6: 1 - (p_1 - p_2), the gap of the two best classes, mean over foreground pixels (TransFGU).
+    """L_un of Eq. 6: 1 - (p_1 - p_2), the gap of the best two classes, mean over foreground (TransFGU).
 
     logits      (B, K, H, W)  of the classes that compete, K >= 2: without the background channel
     foreground  (B, H, W)     bool, pixels that count
@@ -137,7 +139,8 @@ def class_loss(class_embeddings, count=None):
     returns           ()         in [0, 2]; 2 when all classes are the same: collapse
     """
     B, N, _ = class_embeddings.shape
-    c = class_embeddings / class_embeddings.norm(dim=2, keepdim=True).detach()    # lengths are constants: 1 by the decoder
+    # lengths are constants: the decoder makes them 1
+    c = class_embeddings / class_embeddings.norm(dim=2, keepdim=True).detach()
     cosine = c @ c.transpose(1, 2)                                                # (B, N, N)
     i, j = torch.triu_indices(N, N, offset=1, device=c.device)
     return (1 + cosine[:, i, j]).mean(1).sum() / (B if count is None else count)
@@ -157,9 +160,9 @@ def dmsa_losses(logits, class_embeddings, label, foreground, counts, thing, lamb
                 permutation=None, alpha=0.0):
     """Eq. 6 for one part of a batch. Returns {"seg", "ce", "un", "cls", "all"}, each ().
 
-    logits (B, N, H, W), class_embeddings (B, N, D), label (B, H, W), foreground (B, H, W) as above; counts (4,)
-    of the whole batch; lambdas (lambda_1 .. lambda_4). `background`: channel 0 is background and has no part
-    in L_un.
+    logits (B, N, H, W), class_embeddings (B, N, D), label (B, H, W), foreground (B, H, W) as above; counts
+    (4,) of the whole batch; lambdas (lambda_1 .. lambda_4). `background`: channel 0 is background and has no
+    part in L_un.
     """
     images, first, second, doubtful = counts.tolist()
     loss = {
@@ -191,7 +194,8 @@ def main():
         values = [segmentation_loss(logits, label), cross_entropy_loss(logits, label),
                   cross_entropy_loss(logits, label, torch.tensor([1, 2, 0]), 0.1),
                   uncertainty_loss(logits[:, 1:], label > 0)]
-        print(f"{name:28}  {values[0]:.4f}  {values[1]:.4f}  {values[2]:.4f}                  {values[3]:.4f}")
+        seg, ce, permuted, un = values
+        print(f"{name:28}  {seg:.4f}  {ce:.4f}  {permuted:.4f}                  {un:.4f}")
     print("by hand: log 3 = 1.0986;  log 10 - log 8 = 0.2231, of the others log 10 = 2.3026;")
     print("         un: 1 - (1/2 - 1/2) = 1,  1 - (8/9 - 1/9) = 0.2222, the same when wrong")
     for name, c in embeddings.items():

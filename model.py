@@ -1,4 +1,4 @@
-"""The network of DMSA: DINO's ViT (Eq. 2), ASPP behind its last attention (Fig. 1), Segmenter's decoder (Eq. 3).
+"""DMSA's network: DINO's ViT (Eq. 2), ASPP behind its last attention (Fig. 1), Segmenter's decoder (Eq. 3).
 
     image (B, 3, H, W) --frozen blocks, last attention--> patch tokens x, msa (B, hw, D)
                        --head: x + msa + ASPP(msa), last MLP, norm, decoder--> logits (B, N, h, w)
@@ -145,7 +145,8 @@ class VisionTransformer(nn.Module):
     def prepare_tokens(self, image):
         """Normalised image (B, 3, H, W) -> CLS and patch tokens with positions (B, 1 + hw, D)."""
         patches = self.patch_embed(image).flatten(2).transpose(1, 2)              # (B, hw, D)
-        return torch.cat([self.cls_token.expand(len(image), -1, -1), patches], dim=1) + self.position_table(image)
+        tokens = torch.cat([self.cls_token.expand(len(image), -1, -1), patches], dim=1)
+        return tokens + self.position_table(image)                                # (B, 1 + hw, D)
 
     def trunk(self, image):
         """All blocks but the last: (B, 3, H, W) -> (B, 1 + hw, D)."""
@@ -164,8 +165,14 @@ class VisionTransformer(nn.Module):
         return self.norm(last(x)), last.attn.cls_row(last.norm1(x))
 
 
+def normalise(image):
+    """Image (B, 3, H, W) in 0..1 -> with the mean 0 and deviation 1 of ImageNet, as DINO was trained."""
+    mean, std = (image.new_tensor(rgb).view(3, 1, 1) for rgb in (MEAN, STD))
+    return (image - mean) / std
+
+
 def initialize(module):
-    """Normal of standard deviation 0.02, cut at two, for every linear layer; zero biases (as DINO, Segmenter)."""
+    """Normal of deviation 0.02, cut at two, for every linear layer; zero biases (as DINO, Segmenter)."""
     for m in module.modules():
         if isinstance(m, nn.Linear):
             nn.init.trunc_normal_(m.weight, std=0.02)
@@ -176,8 +183,8 @@ def initialize(module):
 def load_dino(vit, file):
     """Load DINO weights strictly into `vit`; returns the file's SHA-256.
 
-    file     a state dict with DINO's names, in any float type, or DINO's full checkpoint, of which the teacher
-             is taken and its projection head left out
+    file     a state dict with DINO's names, in any float type, or DINO's full checkpoint, of which the
+             teacher is taken and its projection head left out
     raises   WeightsError naming the file and what does not fit
     """
     try:
@@ -186,7 +193,7 @@ def load_dino(vit, file):
         raise WeightsError(f"{file}: cannot read these weights ({error.strerror})") from None
     try:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:                            # torch raises many kinds on a file that is not its own
+    except Exception as error:                            # torch raises many kinds on a foreign file
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
         raise WeightsError(f"{file}: not a file of plain tensors, or damaged: {reason}") from None
     if isinstance(state, dict) and "teacher" in state:
@@ -195,14 +202,14 @@ def load_dino(vit, file):
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise WeightsError(f"{file}: holds no state dict of tensors in DINO's format")
     wanted = vit.state_dict()
-    missing, extra = [sorted(a - b) for a, b in ((wanted.keys(), state.keys()), (state.keys(), wanted.keys()))]
+    missing, extra = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
     if missing or extra:
-        raise WeightsError(f"{file}: does not fit this backbone: {len(missing)} tensors missing "
-                           f"{missing[:2]}, {len(extra)} unknown {extra[:2]}; choose --backbone to fit the file")
+        raise WeightsError(f"{file}: does not fit this backbone: {len(missing)} tensors missing {missing[:2]}"
+                           f", {len(extra)} unknown {extra[:2]}; choose --backbone to fit the file")
     for name, value in wanted.items():
         if value.shape != state[name].shape:
             raise WeightsError(f"{file}: {name} is {tuple(state[name].shape)}, this backbone has "
-                               f"{tuple(value.shape)} (patch size or width differ); choose --backbone to fit the file")
+                               f"{tuple(value.shape)} (patch size or width differ); choose --backbone to fit")
     vit.load_state_dict({k: v.float() for k, v in state.items()}, strict=True)
     return hashlib.sha256(content).hexdigest()
 
@@ -250,8 +257,9 @@ class MaskTransformer(nn.Module):
         self.n_classes = n_classes
         self.proj_dec = nn.Linear(dim, width)
         self.cls_emb = nn.Parameter(torch.zeros(1, n_classes, width))
+        heads = heads or max(1, width // 64)
         # no bias in qkv, and LayerNorm's usual eps, as in TransFGU's copy of Segmenter
-        self.blocks = nn.ModuleList(Block(width, heads or max(1, width // 64), qkv_bias=False, eps=1e-5, dropout=dropout)
+        self.blocks = nn.ModuleList(Block(width, heads, qkv_bias=False, eps=1e-5, dropout=dropout)
                                     for _ in range(depth))
         self.decoder_norm = nn.LayerNorm(width)
         self.proj_patch = nn.Parameter(torch.randn(width, width) * width ** -0.5)
@@ -315,7 +323,7 @@ class DMSA(nn.Module):
         self.vit = vit.requires_grad_(False).eval()
         self.student = Head(vit.embed_dim, n_classes, use_aspp, dropout)
         self.momentum = momentum
-        # Mean Teacher's average, the paper's [14]: momentum min(1 - 1 / (t + 1), m) after t updates (decision 17)
+        # Mean Teacher's average, the paper's [14]: momentum min(1 - 1 / (t + 1), m) at update t (decision 17)
         self.teacher = AveragedModel(self.student, multi_avg_fn=self._average).requires_grad_(False).eval()
 
     def _average(self, teacher, student, t):
@@ -351,7 +359,8 @@ class DMSA(nn.Module):
 
 def main():
     """Print parameters and forward FLOPs of the network on every backbone, at the training crop 160 x 160."""
-    print("backbone   frozen ViT   ASPP      decoder   GFLOP per 160 x 160 crop: ViT + ASPP + decoder   patches")
+    print("backbone   frozen ViT   ASPP      decoder   "
+          "GFLOP per 160 x 160 crop: ViT + ASPP + decoder   patches")
     for name, (architecture, _) in BACKBONES.items():
         with torch.device("meta"):
             network = DMSA(VisionTransformer(**architecture), 21)
@@ -359,7 +368,7 @@ def main():
         size = [sum(t.numel() for t in part.parameters()) / 1e6
                 for part in (network.vit, network.student.aspp, network.student.decoder)]
         n, width = (160 // p) ** 2, min(256, D)
-        block = lambda n: 2 * n * 12 * D * D + 4 * n * n * D                      # multiply and add count as 2
+        block = lambda n: 2 * n * 12 * D * D + 4 * n * n * D                      # multiply, add: 2
         vit = depth * block(n + 1) + 2 * n * 3 * p * p * D
         aspp = 2 * n * (D * width + 3 * (9 * D + D * width) + 5 * width * D)
         decoder = 2 * block(n + 21) + 2 * n * 2 * D * D

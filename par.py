@@ -4,7 +4,7 @@
 repeatedly takes the average of its neighbours' masks, weighted by how alike their colours are.
 Needs torch only (the picture of `python par.py` needs pillow): copy this file anywhere.
 
-    python par.py         # writes par.png: a coarse mask after 0, 1, 3, 10 iterations, and one pixel's affinity
+    python par.py         # writes par.png: a coarse mask after 0 to 10 iterations, and one pixel's affinity
 """
 
 import math
@@ -70,7 +70,8 @@ class PAR(nn.Module):
 
     def __init__(self, dilations=DILATIONS, iterations=ITERATIONS, omega3=OMEGA3, bandwidth=BANDWIDTH):
         super().__init__()
-        self.dilations, self.iterations, self.omega3, self.bandwidth = dilations, iterations, omega3, bandwidth
+        self.dilations, self.iterations = dilations, iterations
+        self.omega3, self.bandwidth = omega3, bandwidth
 
     @torch.no_grad()
     def forward(self, image, masks):
@@ -98,12 +99,13 @@ class PAR(nn.Module):
 
 
 def example(size=160):
-    """A scene to refine: image (1, 3, size, size) in 0..1, coarse mask (1, 2, 20, 20), true mask (size, size)."""
+    """A scene: image (1, 3, size, size) in 0..1, coarse mask (1, 2, 20, 20), true mask (size, size)."""
     y, x = torch.meshgrid(torch.linspace(-1, 1, size), torch.linspace(-1, 1, size), indexing="ij")
     angle, radius = torch.atan2(y, x), torch.hypot(x, y)
     truth = (radius < 0.55 + 0.18 * torch.cos(5 * angle)).float()                 # a flower
     noise = torch.randn(3, size, size, generator=torch.Generator().manual_seed(0)) * 0.04
-    ground, flower = torch.stack([0.35 + 0.1 * y, 0.45 + 0.1 * x, 0.4 + 0 * x]), torch.stack([0.85 - 0.2 * y, 0.4 + 0.1 * x, 0.3 + 0 * x])
+    ground = torch.stack([0.35 + 0.1 * y, 0.45 + 0.1 * x, 0.4 + 0 * x])
+    flower = torch.stack([0.85 - 0.2 * y, 0.4 + 0.1 * x, 0.3 + 0 * x])
     image = (flower * truth + ground * (1 - truth) + noise).clamp(0, 1)
     foreground = F.adaptive_avg_pool2d(truth[None, None], 20)
     return image[None], torch.cat([1 - foreground, foreground], dim=1), truth
@@ -121,7 +123,8 @@ def main():
         found = masks.argmax(1)[0].bool()
         iou = (found & truth.bool()).sum() / (found | truth.bool()).sum()
         print(f"{iterations:10}   {100 * iou:.1f}")
-        rows.append((f"after {iterations}: IoU {100 * iou:.1f}", (masks[0, 1] / masks[0].sum(0)).expand(3, -1, -1)))
+        share = (masks[0, 1] / masks[0].sum(0)).expand(3, -1, -1)
+        rows.append((f"after {iterations}: IoU {100 * iou:.1f}", share))
     y, x = 80, 133                                                                # a pixel beside the edge
     weights = affinity(image, (1, 2, 4, 8))[0, :, y, x]
     picture = image[0] * 0.4

@@ -1621,6 +1621,9 @@ def test_predictions_have_the_images_own_size_and_class_indices(uninterrupted, t
                 assert mask.getpalette()[:6] == [0, 0, 0, 128, 0, 0]
             assert Image.open(tmp_path / "out" / f"{name}_overlay.png").size == size
     assert (tmp_path / "out" / "legend.png").exists()
+    Image.open(tmp_path / "in" / "a.png").save(tmp_path / "in" / "a_overlay.png")
+    (code, text), = program("eval.py", folder / "run" / "best.pt", "--predict", tmp_path / "in", "--out", tmp_path / "two")
+    assert code == 2 and "a_overlay.png would be written twice" in text and not (tmp_path / "two").exists(), text
 
 
 def test_eval_prints_the_scores_of_the_log_and_draws_its_pictures(uninterrupted, tmp_path):

@@ -5,8 +5,8 @@
     torchrun --nproc_per_node=6 train.py --data voc                # six GPUs, the paper's setting
     python train.py --data folder --root photos --classes 10       # images of one's own, no labels
 
-The same command again goes on where the run stopped, bit for bit. --batch is the global batch: the result does
-not depend on the number of processes.
+The same command again goes on where the run stopped, bit for bit. --batch is the global batch: the result
+does not depend on the number of processes.
 """
 
 import argparse
@@ -31,37 +31,40 @@ import torch.nn.functional as F
 import cam
 import data
 from aspp import DEEPLAB_RATES, dilation_rates
-from eval import (CheckpointError, confusion_matrix, curves, evaluate, groups, load_checkpoint, normalise,
+from eval import (CheckpointError, confusion_matrix, curves, evaluate, groups, load_checkpoint,
                   panels, scores)
 from losses import cam_probabilities, dmsa_losses, min_max, permutation_weight, pixel_counts, pseudo_label
-from model import BACKBONES, DMSA, Head, WeightsError, backbone
+from model import BACKBONES, DMSA, Head, WeightsError, backbone, normalise
 from par import PAR
 
 # ----------------------------------------------------------------------------
 # Settings by --data. The peers' where not said otherwise; README, "Where the paper is silent"
 
 COMMON = dict(
-    backbone="vits8", size=320, crop=160,                 # pixels: the squashed image, the crop that is trained on
-    scales=cam.THING_SCALES, bank=640, window=320,        # windows: shares of the image; pixels of it and of a crop
+    backbone="vits8", size=320, crop=160,                 # pixels: of the squashed image, of training crops
+    scales=cam.THING_SCALES, bank=640, window=320,        # windows: shares; pixels of the image, of crops
     batch=512, epochs=50, repeat=1, lr=1e-4,              # repeat: passes over the images that make an epoch
     lambdas=(0.1, 1.0, 0.3, 1.0),                         # of Eq. 6: seg, CE, un, cls (decision 16)
     background=0.1, teacher_weight=0.7,                   # decisions 9 and 11
-    teacher_start=5, intervals=(5, 5, 5, 5, 4, 4, 4, 4, 4, 3),   # epochs of CAM alone; of --teacher reset, by decade
+    teacher_start=5,                                      # epochs of CAM alone
+    intervals=(5, 5, 5, 5, 4, 4, 4, 4, 4, 3),             # of --teacher reset, by decade of epochs
     par=(1, 2, 4, 8), cam_scale="image", aspp="dynamic", teacher="ema", momentum=0.99, dropout=0.0,
     losses_at="crop", jitter=data.JITTER)
 SETTINGS = {
     "shapes": COMMON | dict(                              # small, so that a CPU is enough; see README's table
         backbone="tiny", size=128, crop=96, bank=128, window=96, batch=16, epochs=10, lr=5e-4,
-        lambdas=(0.3, 1.0, 0.1, 1.0), background=0.2, teacher_start=4, intervals=(2,), jitter=(0.4, 0.4, 0.4, 0.05)),
+        lambdas=(0.3, 1.0, 0.1, 1.0), background=0.2, teacher_start=4, intervals=(2,),
+        jitter=(0.4, 0.4, 0.4, 0.05)),
     "voc": COMMON | dict(repeat=20, lambdas=(0.3, 1.0, 0.3, 1.0)),
     "voc-aug": COMMON | dict(epochs=150, lr=1e-5),
-    "coco80": COMMON | dict(scales=cam.SCENE_SCALES, batch=256, epochs=200, teacher_start=3, intervals=(3, 3, 3, 2)),
-    "cocostuff27": COMMON | dict(scales=cam.SCENE_SCALES, batch=256, epochs=200, teacher_weight=0.5, teacher_start=2,
-                                 intervals=(2,)),
+    "coco80": COMMON | dict(
+        scales=cam.SCENE_SCALES, batch=256, epochs=200, teacher_start=3, intervals=(3, 3, 3, 2)),
+    "cocostuff27": COMMON | dict(
+        scales=cam.SCENE_SCALES, batch=256, epochs=200, teacher_weight=0.5, teacher_start=2, intervals=(2,)),
     "folder": COMMON | dict(batch=64),
 }
 # Rows of the paper's tables that are not DMSA. In the released code ASPP never reaches the tokens and PAR is
-# commented out, so that it is TransFGU with L_seg and another fusion weight (README, "What the released code does").
+# commented out: it is TransFGU with L_seg and another fusion weight (README, "What the released code does").
 TRANSFGU = dict(aspp="none", par=(), cam_scale="crop", teacher="reset", teacher_weight=0.5, dropout=0.1,
                 losses_at="patches", lambdas=(0.0, 1.0, 0.3, 1.0))
 RELEASED = TRANSFGU | dict(teacher_weight=0.7, lambdas=(0.3, 1.0, 0.3, 1.0))
@@ -137,7 +140,8 @@ def parse(argv=None):
     m.add_argument("--lambdas", type=float, nargs=4, metavar=("SEG", "CE", "UN", "CLS"),
         help=f"weights of Eq. 6 {by_data}")
     m.add_argument("--jitter", type=float, nargs=4, metavar=("B", "C", "S", "H"),
-        help="of brightness, contrast, saturation, 0 to 1, and hue in turns (default: 0.8 0.8 0.8 0.2, TransFGU's)")
+        help="of brightness, contrast, saturation, 0 to 1, and hue in turns (default: 0.8 0.8 0.8 0.2, "
+             "TransFGU's)")
     m.add_argument("--dropout", type=float, metavar="P",
         help="in the decoder; then results depend on the number of processes (default: 0)")
     args = p.parse_args(argv)
@@ -152,7 +156,8 @@ def parse(argv=None):
     for name in ("epochs", "batch", "accumulate", "workers", "limit", "classes"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             p.error(f"--{name} {getattr(args, name)}: must be at least 1")
-    for name, high in (("teacher_weight", 1), ("momentum", 1), ("background", 1), ("dropout", 0.99), ("lr", math.inf)):
+    limits = {"teacher_weight": 1, "momentum": 1, "background": 1, "dropout": 0.99, "lr": math.inf}
+    for name, high in limits.items():
         if not 0 <= getattr(args, name) <= high:
             p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be between 0 and {high}")
     patch = BACKBONES[args.backbone][0]["patch_size"]
@@ -170,7 +175,8 @@ def parse(argv=None):
 # ----------------------------------------------------------------------------
 # Processes
 
-RANK, WORLD, LOCAL = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+RANK, LOCAL = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 
 def start_processes(device):
@@ -179,9 +185,9 @@ def start_processes(device):
         raise RunError("--device cuda: this machine shows no GPU to torch; use --device cpu")
     cuda = device == "cuda" or device == "auto" and torch.cuda.is_available()
     if cuda and LOCAL >= torch.cuda.device_count():
-        raise RunError(f"process {LOCAL} of this machine has no GPU of its own ({torch.cuda.device_count()} here): "
-                       f"lower --nproc_per_node")
-    if WORLD > 1:                                         # the slowest wait is for another process's share of the caches
+        raise RunError(f"process {LOCAL} of this machine has no GPU of its own "
+                       f"({torch.cuda.device_count()} here): lower --nproc_per_node")
+    if WORLD > 1:                                         # slowest wait: another process's share of a cache
         dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=4))
     if cuda:
         torch.cuda.set_device(LOCAL)
@@ -226,7 +232,7 @@ class Stop:
 
 
 def cache(folder, name, key, n, shape, dtype, compute):
-    """A memory-mapped array (n, *shape) below `folder`, computed where it is not yet: compute(range) -> values.
+    """A memory-mapped array (n, *shape) in `folder`, computed where it is not yet: compute(range) -> values.
 
     `key` holds all that the values depend on and is part of the file's name: another key is another file. A
     record and its mark lie in one file, so that a run that was killed goes on, and two runs may share it.
@@ -240,17 +246,19 @@ def cache(folder, name, key, n, shape, dtype, compute):
         try:
             record = np.dtype([("done", "<u8"), ("x", dtype, shape)])
             np.lib.format.open_memmap(part, "w+", record, (n,)).flush()
-            with open(part, "r+b") as f:                  # reserve it now: a full disk kills a memory map later
+            with open(part, "r+b") as f:                  # reserve it: a full disk kills a memory map later
                 os.posix_fallocate(f.fileno(), 0, os.fstat(f.fileno()).st_size)
             with contextlib.suppress(FileExistsError):
                 os.link(part, file)                       # never replaces what another run made meanwhile
         except OSError as error:
-            raise RunError(f"{file}: cannot make this cache ({error.strerror}); free space or choose another --out") from None
+            raise RunError(f"{file}: cannot make this cache ({error.strerror}); free space or choose "
+                           f"another --out") from None
         finally:
             part.unlink(missing_ok=True)
     wait()
     array = np.load(file, mmap_mode="r+")
-    start, missing = time.time(), [g for g in groups(n, RANK, WORLD) if not array["done"][g.start:g.stop].all()]
+    missing = [g for g in groups(n, RANK, WORLD) if not array["done"][g.start:g.stop].all()]
+    start = time.time()
     for count, group in enumerate(missing, 1):
         array["x"][group.start:group.stop] = compute(group)
         array["done"][group.start:group.stop] = 1
@@ -275,7 +283,7 @@ def open_data(args):
     """The splits: {"train": data set, "val": data set}; a folder has no val."""
     sources = {}
     for split in ("train",) if args.data == "folder" else ("train", "val"):
-        if RANK:                                          # the first process lists COCO's images, the others read its list
+        if RANK:                                          # the first process lists COCO's images for all
             wait()
         sources[split] = data.dataset(args.data, args.root, split, args.classes, args.seed,
                                       cache=Path(args.out).parent / "cache")
@@ -297,10 +305,12 @@ def prepare(args, sources, vit, digest, device):
         for split, source in sources.items():
             n, S, prints = len(source), args.size, fingerprint(source)
             name = f"{args.data}-{split}"
-            squashed = lambda g: np.stack(list(pool.map(lambda i: data.squash(source.image(i), S), g)))
+            image = lambda i: data.squash(source.image(i), S)
+            label = lambda i: data.squash(source.label(i), S, "nearest")
+            squashed = lambda group: np.stack(list(pool.map(image, group)))
             images[split] = cache(folder, f"{name}-images", [prints, S], n, (S, S, 3), "u1", squashed)
             if split == "val":
-                squashed = lambda g: np.stack(list(pool.map(lambda i: data.squash(source.label(i), S, "nearest"), g)))
+                squashed = lambda group: np.stack(list(pool.map(label, group)))
                 labels = cache(folder, f"{name}-labels", [prints, S, args.data], n, (S, S), "u1", squashed)
             if split == "train":
                 centroids = find_centroids(args, vit, digest, device, source, prints, folder, pool)
@@ -308,7 +318,7 @@ def prepare(args, sources, vit, digest, device):
             key = [prints, S, digest, hashlib.sha256(centroids.numpy().tobytes()).hexdigest()]
 
             def camera(group):
-                image = normalise(images[split][group.start:group.stop])[1].to(device)
+                image = normalise(data.to_float(images[split][group.start:group.stop]).to(device))
                 return min_max(cam.class_activation_maps(vit, image, centroids.to(device))).cpu().numpy()
             maps[split] = cache(folder, f"{name}-cam", key, n, (K, grid, grid), "<f2", camera)
     return images, labels, maps, centroids
@@ -317,21 +327,21 @@ def prepare(args, sources, vit, digest, device):
 def find_centroids(args, vit, digest, device, source, prints, folder, pool):
     """Windows of the training images -> CLS features -> k-means, things and stuff apart: (K, D)."""
     chosen = np.linspace(0, len(source) - 1, min(len(source), BANK_IMAGES)).round().astype(int)
-    per_image = len(cam.windows(args.bank // vit.patch_size, args.bank // vit.patch_size, args.scales))
-    kinds = 2 if source.stuff else 1
+    side, kinds = args.bank // vit.patch_size, 2 if source.stuff else 1
+    shape = kinds, len(cam.windows(side, side, args.scales)), vit.embed_dim
 
     def features(group):
-        out = np.full((len(group), kinds, per_image, vit.embed_dim), np.nan, np.float16)   # NaN: no such window
+        out = np.full((len(group), *shape), np.nan, np.float16)                   # NaN: no such window
         loaded = pool.map(lambda i: data.squash(source.image(chosen[i]), args.bank), group)
         for row, image in zip(out, loaded):
-            image = normalise(image[None])[1].to(device)
+            image = normalise(data.to_float(image[None]).to(device))
             found = cam.window_features(vit, image, args.window, args.scales, kinds == 2)
             for kind in range(kinds):
                 row[kind, :len(found[kind])] = found[kind].cpu().numpy()
         return out
 
     key = [prints, digest, args.bank, args.window, args.scales, kinds]
-    bank = cache(folder, f"{args.data}-windows", key, len(chosen), (kinds, per_image, vit.embed_dim), "<f2", features)
+    bank = cache(folder, f"{args.data}-windows", key, len(chosen), shape, "<f2", features)
     name = hashlib.sha256(json.dumps([key, source.things, source.stuff, args.seed]).encode()).hexdigest()[:16]
     file = folder / f"{args.data}-centroids-{name}.npy"
     if not file.exists() and LOCAL == 0:
@@ -366,7 +376,7 @@ def save(checkpoint, file):
         folder = os.open(file.parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
-    except (OSError, RuntimeError) as error:              # torch's zip writer raises RuntimeError on a full disk
+    except (OSError, RuntimeError) as error:              # torch's zip writer raises RuntimeError
         part.unlink(missing_ok=True)
         raise RunError(f"{file}: cannot write the checkpoint ({str(error).splitlines()[0][:100]}); "
                        f"the one before is kept") from None
@@ -389,12 +399,12 @@ def resume(args, out):
 
 
 def replacements(epochs, start, intervals):
-    """TransFGU's schedule: the epochs, from 0, at which the teacher becomes the student and the student starts anew."""
+    """TransFGU: the epochs, from 0, at which the teacher becomes the student and the student starts anew."""
     return [e for e in range(start, epochs) if e % intervals[min(e // 10, len(intervals) - 1)] == 0]
 
 
 def teacher_age(args, epoch):
-    """Epochs since the teacher began (ema) or was last replaced (reset), for alpha(t); None without a teacher."""
+    """Epochs since the teacher began (ema) or was last replaced (reset), for alpha(t); None without one."""
     if args.teacher == "reset":
         done = [e for e in replacements(epoch, args.teacher_start, args.intervals)]
         return epoch - 1 - done[-1] if done else None
@@ -415,7 +425,7 @@ def batches(args, images, maps, epoch, first, device):
     """This process's parts of every batch of an epoch, loaded one ahead of use.
 
     yields  step in the epoch, list of `accumulate` parts (sample numbers, image (b, 3, S, S) in 0..1,
-            CAM (b, K, h, w), draws (b, 10)), seconds waited. A last, smaller batch is left out (as the peers do).
+            CAM (b, K, h, w), draws (b, 10)), seconds waited. A last, smaller batch is left out.
     """
     n = len(images) * args.repeat
     order = np.random.default_rng((args.seed, epoch)).permutation(n)
@@ -423,9 +433,10 @@ def batches(args, images, maps, epoch, first, device):
 
     def load(step):
         parts = order[step * args.batch:(step + 1) * args.batch].reshape(args.accumulate, WORLD, -1)[:, RANK]
-        return [(samples, torch.from_numpy(np.stack([images[s % len(images)] for s in samples])),
-                 torch.from_numpy(np.stack([maps[s % len(images)] for s in samples])),
-                 torch.from_numpy(np.stack([data.draw(args.seed, epoch, int(s), args.jitter) for s in samples])))
+        stack = lambda arrays: torch.from_numpy(np.stack(list(arrays)))
+        return [(samples, stack(images[s % len(images)] for s in samples),
+                 stack(maps[s % len(images)] for s in samples),
+                 stack(data.draw(args.seed, epoch, int(s), args.jitter) for s in samples))
                 for samples in parts]
 
     with ThreadPoolExecutor(1) as pool:
@@ -435,7 +446,7 @@ def batches(args, images, maps, epoch, first, device):
             parts = ahead.result()
             waited = time.time() - begin
             ahead = pool.submit(load, step + 1) if step + 1 < steps else None
-            yield step, [(samples, image.to(device).permute(0, 3, 1, 2).float() / 255, cams.to(device).float(),
+            yield step, [(samples, data.to_float(image.to(device)), cams.to(device).float(),
                           draws.to(device)) for samples, image, cams, draws in parts], waited
 
 
@@ -443,13 +454,14 @@ class Trainer:
     """Network, optimizer and position of a run; `pseudo_labels` and `learn` are the two halves of Fig. 2."""
 
     def __init__(self, args, vit, source, centroids, device, state):
-        self.args, self.source, self.centroids, self.device, N = args, source, centroids, device, len(source.names)
+        self.args, self.source, self.centroids, self.device = args, source, centroids, device
+        N = len(source.names)
         self.network = DMSA(vit, N, args.aspp != "none", args.dropout, args.momentum)
         self.network.student.load_state_dict(new_head(args, vit.embed_dim, N).state_dict())
         self.network.teacher.module.load_state_dict(self.network.student.state_dict())
         self.network.to(device).train()
         self.params = list(self.network.student.parameters())
-        self.optimizer = torch.optim.Adam([               # L2, not decoupled, none on biases and norms: as the peers
+        self.optimizer = torch.optim.Adam([               # L2, not on biases and norms: as the peers
             {"params": [p for p in self.params if p.ndim > 1], "weight_decay": 5e-4},
             {"params": [p for p in self.params if p.ndim <= 1], "weight_decay": 0.0}], lr=args.lr)
         self.run = {"epoch": 0, "position": 0, "step": 0, "best": -1.0, "best_epoch": 0, "cam": {},
@@ -483,30 +495,32 @@ class Trainer:
 
     @torch.no_grad()
     def pseudo_labels(self, parts, epoch):
-        """Fig. 2, top. Returns [(features, label, foreground)] of the parts and their summed pixel counts (4,)."""
+        """Fig. 2, top: [(features, label, foreground)] of the parts and their summed pixel counts (4,)."""
         args, network, out = self.args, self.network, []
         counts = torch.zeros(4, dtype=torch.int64, device=self.device)
         for _, image, cams, draws in parts:
             image, cams, _ = data.crop(image, cams, draws, args.crop, network.vit.patch_size)
             with self.low_precision():
-                features = network.features(to_dino(data.augment(image, draws)))            # once for both heads
+                features = network.features(normalise(data.augment(image, draws)))    # once for both heads
                 teacher = None
                 if teacher_age(args, epoch) is not None:
                     teacher = network.decode(network.teacher, features, self.rates(epoch))[0].float()
             refine = self.upsample if self.par is None else lambda maps: self.par(image, maps)
-            label, foreground, _ = pseudo_label(cams, teacher, refine, args.teacher_weight, self.source.background,
-                                                args.background, args.cam_scale == "image")
+            label, foreground, _ = pseudo_label(cams, teacher, refine, args.teacher_weight,
+                                                self.source.background, args.background,
+                                                args.cam_scale == "image")
             out.append((features, label, foreground))
             counts += pixel_counts(label, foreground, self.thing)
         return out, counts
 
     def learn(self, parts, counts, epoch):
-        """Fig. 2, bottom: losses and gradients of the parts of `pseudo_labels`, summed over all processes; one step.
+        """Fig. 2, bottom: losses and gradients of the parts, summed over all processes; one optimizer step.
 
-        counts (4,) of the whole batch. Returns the losses {"seg", "ce", "un", "cls", "all"} and whether all is finite
-        in words: "" or what is not.
+        parts of `pseudo_labels`; counts (4,) of the whole batch. Returns the losses {"seg", "ce", "un",
+        "cls", "all"}, and what is not finite in words: "" if all is.
         """
-        args, network, age, N = self.args, self.network, teacher_age(self.args, epoch), len(self.source.names)
+        args, network, N = self.args, self.network, len(self.source.names)
+        age = teacher_age(args, epoch)
         permutation, alpha = None, 0.0
         if age is not None:                               # one for the whole batch, the same on every process
             rng = np.random.default_rng((args.seed, epoch, self.run["step"], 0))
@@ -516,11 +530,12 @@ class Trainer:
         for features, label, foreground in parts:
             with self.low_precision():
                 logits, class_embeddings = network.decode(network.student, features, self.rates(epoch))
-            loss = dmsa_losses(self.upsample(logits.float()), class_embeddings.float(), label, foreground, counts,
-                               self.thing, args.lambdas, self.source.background, permutation, alpha)
+            loss = dmsa_losses(self.upsample(logits.float()), class_embeddings.float(), label, foreground,
+                               counts, self.thing, args.lambdas, self.source.background, permutation, alpha)
             loss["all"].backward()
             values += torch.stack([v.detach() for v in loss.values()])
-        sums = summed(torch.cat([p.grad.flatten() for p in self.params] + [values]))   # counts are global: no mean
+        # counts are global: the sum over processes is the mean over the batch
+        sums = summed(torch.cat([p.grad.flatten() for p in self.params] + [values]))
         *gradients, values = sums.split([p.numel() for p in self.params] + [5])
         values = dict(zip(loss, values.tolist()))
         wrong = not_finite(values, gradients, network.student)
@@ -555,11 +570,6 @@ class Trainer:
             raise RunError(error or "the first process could not write the checkpoint")
 
 
-def to_dino(image):
-    """Image (B, 3, H, W) in 0..1 -> normalised as DINO was trained."""
-    return normalise((image * 255).permute(0, 2, 3, 1))[1]
-
-
 def not_finite(values, gradients, student):
     """Names of the losses, or else of the gradients, that are not finite; "" if all are."""
     wrong = [name for name, value in values.items() if not math.isfinite(value)]
@@ -569,7 +579,7 @@ def not_finite(values, gradients, student):
 
 
 def score_cam(args, source, maps, labels, device):
-    """How good the coarse labels are before any training: mIoU and accuracy on val, beside the trivial answer's."""
+    """mIoU and accuracy of the coarse labels on val before any training; prints the trivial answer's too."""
     total = torch.zeros(len(source.names), len(source.names), dtype=torch.int64)
     for group in groups(len(labels), RANK, WORLD):
         cams = torch.from_numpy(maps[group.start:group.stop].astype(np.float32))
@@ -581,7 +591,8 @@ def score_cam(args, source, maps, labels, device):
     trivial[:, 0] = total.sum(1)
     trivial = scores(trivial)
     say(f"CAM labels on val: mIoU {coarse['miou']:.2f} accuracy {coarse['accuracy']:.2f}; "
-        f"all pixels as the most frequent class: mIoU {trivial['miou']:.2f} accuracy {trivial['accuracy']:.2f}")
+        f"all pixels as the most frequent class: mIoU {trivial['miou']:.2f} "
+        f"accuracy {trivial['accuracy']:.2f}")
     return {"cam_miou": coarse["miou"], "cam_accuracy": coarse["accuracy"]}
 
 
@@ -590,10 +601,11 @@ def train(args, device, stop):
     out = Path(args.out)
     state = resume(args, out)
     if state and state["epoch"] >= args.epochs:
-        say(f"{out}: this run is finished ({state['epoch']} epochs); raise --epochs to go on, or use another --out")
+        say(f"{out}: this run is finished ({state['epoch']} epochs); raise --epochs to go on, "
+            f"or use another --out")
         return 0
     sources = open_data(args)
-    loaded = backbone(args.backbone, args.weights) if LOCAL == 0 else None          # one of each machine fetches them
+    loaded = backbone(args.backbone, args.weights) if LOCAL == 0 else None        # one a machine fetches
     wait()
     vit, weights, digest = loaded or backbone(args.backbone, args.weights)
     say(f"{args.backbone}: {weights}, SHA-256 {digest}")
@@ -601,8 +613,8 @@ def train(args, device, stop):
     images, labels, maps, centroids = prepare(args, sources, vit, digest, device)
     source, samples = sources["train"], len(images["train"]) * args.repeat
     if samples < args.batch:
-        raise RunError(f"--batch {args.batch}: larger than an epoch of {len(images['train'])} images x {args.repeat}; "
-                       f"lower it")
+        raise RunError(f"--batch {args.batch}: larger than an epoch of {len(images['train'])} images "
+                       f"x {args.repeat}; lower it")
     trainer = Trainer(args, vit, source, centroids, device, state)
     run, network, log, last = trainer.run, trainer.network, out / "log.jsonl", samples // args.batch - 1
     if state:
@@ -620,15 +632,16 @@ def train(args, device, stop):
             trainer.replace_teacher()
         begin, waited, first, sums = time.time(), 0.0, run["position"], {}
         for position, parts, seconds in batches(args, images["train"], maps["train"], epoch, first, device):
-            torch.manual_seed(args.seed + 1009 * run["step"] + 31 * RANK)          # only dropout draws from it
+            torch.manual_seed(args.seed + 1009 * run["step"] + 31 * RANK)         # only dropout draws from it
             todo, counts = trainer.pseudo_labels(parts, epoch)
             signals = F.one_hot(torch.tensor(stop.signal, device=device), 65)
             counts, signals = summed(torch.cat([counts, signals])).split([4, 65])
             values, wrong = trainer.learn(todo, counts, epoch)
             if wrong:                                     # on all processes alike: the sums are the same
-                names = [source.ids[s % len(source)] for part in parts for s in part[0]]
-                raise FloatingPointError(f"step {run['step'] + 1}: {wrong} not finite; samples of process {RANK}: "
-                                         f"{names[:8]}{' ...' if len(names) > 8 else ''}; the last checkpoint is kept")
+                names = [str(source.ids[s % len(source)]) for part in parts for s in part[0]]
+                raise FloatingPointError(f"step {run['step'] + 1}: {wrong} not finite; the first samples of "
+                                         f"process {RANK}: {', '.join(names[:8])}; the last checkpoint is "
+                                         f"kept")
             run["step"], run["position"], waited = run["step"] + 1, position + 1, waited + seconds
             sums = {k: sums.get(k, 0.0) + v for k, v in values.items()}
             record = {"epoch": epoch, "step": run["step"], **values, "rates": list(trainer.rates(epoch)),
@@ -650,14 +663,16 @@ def train(args, device, stop):
                 trainer.save("last.pt")
                 return ended_by
         run["epoch"], run["position"], better = epoch, 0, False
-        if labels is not None and record["miou"] + record["accuracy"] > run["best"]:   # chosen on val, as the peers do
-            run["best"], run["best_epoch"], better = record["miou"] + record["accuracy"], epoch, True
+        value = 0 if labels is None else record["miou"] + record["accuracy"]
+        if labels is not None and value > run["best"]:    # chosen on val, as the peers do
+            run["best"], run["best_epoch"], better = value, epoch, True
         trainer.save(*["best.pt"] * better, "last.pt")
         means = "  ".join(f"{k} {v / steps:.4f}" for k, v in sums.items())
         shown = "" if labels is None else (f"  mIoU {record['miou']:.2f} accuracy {record['accuracy']:.2f} "
                                            f"clusters {record['clusters']}")
         say(f"epoch {epoch}/{args.epochs}  {means}{shown}  rates {record['rates']}  "
-            f"{record['images_per_s']:.0f} images/s  wait {100 * record['data_wait']:.0f} %  {record['peak_gb']:.2f} GB")
+            f"{record['images_per_s']:.0f} images/s  wait {100 * record['data_wait']:.0f} %  "
+            f"{record['peak_gb']:.2f} GB")
         if ended_by:
             return ended_by
     finish(trainer, images["train" if labels is None else "val"], labels, log)
@@ -667,7 +682,7 @@ def train(args, device, stop):
 def score(trainer, images, labels, epoch):
     """Evaluate the student on val with this epoch's rates; keeps the assignment of clusters to classes."""
     trainer.network.eval()
-    total = evaluate(trainer.network, images, labels, trainer.rates(epoch), trainer.device, RANK, WORLD)
+    total = evaluate(trainer.network, images, labels, trainer.rates(epoch), RANK, WORLD)
     trainer.network.train()
     result = scores(summed(total.to(trainer.device)).cpu())
     trainer.run["assignment"] = result["assignment"].tolist()
@@ -699,9 +714,10 @@ def main():
         signal.signal(number, stop)
     code = 0
     try:
-        if args.batch % (WORLD * args.accumulate):
-            raise RunError(f"--batch {args.batch}: not divisible by {WORLD} processes x --accumulate {args.accumulate}; "
-                           f"try {max(1, args.batch // (WORLD * args.accumulate)) * WORLD * args.accumulate}")
+        parts = WORLD * args.accumulate
+        if args.batch % parts:
+            raise RunError(f"--batch {args.batch}: not divisible by {WORLD} processes x --accumulate "
+                           f"{args.accumulate}; try {max(1, args.batch // parts) * parts}")
         device = start_processes(args.device)
         if args.dry_run:
             for split, source in open_data(args).items():
@@ -714,7 +730,8 @@ def main():
                 (Path(args.out) / f".{RANK}").touch()
                 (Path(args.out) / f".{RANK}").unlink()
             except OSError as error:
-                raise RunError(f"{args.out}: cannot write there ({error.strerror}); choose another --out") from None
+                raise RunError(f"{args.out}: cannot write there ({error.strerror}); "
+                               f"choose another --out") from None
             number = train(args, device, stop)
             if number:
                 say(f"signal {number}: saved, the same command goes on")

@@ -37,7 +37,7 @@ import cam                                                # noqa: E402
 import data                                               # noqa: E402
 import train                                              # noqa: E402
 from losses import dmsa_losses, pixel_counts, pseudo_label  # noqa: E402
-from model import BACKBONES, DMSA, VisionTransformer      # noqa: E402
+from model import BACKBONES, DMSA, VisionTransformer, normalise      # noqa: E402
 from par import BANDWIDTH, DILATIONS, EPS, ITERATIONS, OMEGA3, PAR  # noqa: E402
 
 BUDGET = 6.0                                              # seconds: a form timed so long is not called again
@@ -157,7 +157,7 @@ def step_case():
     def textbook():
         with torch.no_grad():
             image, cams, _ = data.crop(*part[1:], args.crop, 8)
-            image = train.to_dino(data.augment(image, draws))
+            image = normalise(data.augment(image, draws))
             tokens = textbook_vit(vit, image)[0][:, 1:]                           # of the teacher's encoder
             teacher = plain.teacher.module.decoder(tokens)[0].unflatten(2, (20, 20))
             label, foreground, _ = pseudo_label(cams, teacher, lambda maps: maps, 0.5)

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data                                               # noqa: E402
-from model import BACKBONES, MEAN, STD, VisionTransformer  # noqa: E402
+from model import BACKBONES, VisionTransformer, normalise  # noqa: E402
 
 SIZE, LOCAL = 96, 48                                      # pixels of a picture and of a small crop
 PROTOTYPES, TEACHER_TEMPERATURE, STUDENT_TEMPERATURE = 512, 0.03, 0.1
@@ -62,8 +62,7 @@ def views(image, size, area, g):
     image = F.grid_sample(image, grid, padding_mode="reflection", align_corners=False)
     draws = torch.stack([*[torch.zeros(B)] * 4, u(0.6, 1.4), u(0.6, 1.4), u(0.6, 1.4), u(-0.08, 0.08),
                          (u(0, 1) < 0.2).float(), (u(0, 1) < 0.3) * u(0.5, 1.5)], 1)
-    image = data.augment(image, draws)
-    return (image - image.new_tensor(MEAN).view(3, 1, 1)) / image.new_tensor(STD).view(3, 1, 1)
+    return normalise(data.augment(image, draws))
 
 
 class Projection(nn.Module):
