@@ -1,10 +1,10 @@
 """Data sets, label maps, and the crop that moves image, CAM and label together.
 
-A data set is a list of images: image(i) -> uint8 (H, W, 3), label(i) -> uint8 (H, W) of class indices, 255 void.
-`shapes` is rendered from a seed, VOC and COCO are read in their published layouts, `Folder` is any images.
-Needs torch, numpy and pillow: copy this file anywhere.
+A data set is a list of images: image(i) -> uint8 (H, W, 3), label(i) -> uint8 (H, W) of class indices, 255
+void. `shapes` is rendered from a seed, VOC and COCO are read in their published layouts, `Folder` is any
+images. Needs torch, numpy and pillow: copy this file anywhere.
 
-    python data.py                                        # writes data.png: samples of `shapes` with labels and crops
+    python data.py                                        # writes data.png: `shapes` with labels and crops
     python data.py --check --data voc --root data         # counts, unreadable and mismatched files, by name
     python data.py --download voc --root data             # fetches and unpacks what can be fetched
 """
@@ -32,12 +32,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-warnings.filterwarnings("ignore", module="PIL")           # a file that cannot be used is refused below, in one line
+warnings.filterwarnings("ignore", module="PIL")           # unusable files are refused below, in one line
 
 VOID = 255
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF")          # not EPS, say, which would be run as a program
-MOST_PIXELS = 89_478_485                                  # 0.3 GB decoded; Pillow only warns up to twice as many
+MOST_PIXELS = 89_478_485                                  # 0.3 GB decoded; up to twice that Pillow only warns
 
 
 class DataError(ValueError):
@@ -47,34 +47,43 @@ class DataError(ValueError):
 # ----------------------------------------------------------------------------
 # Classes. A data set has K clusters; with a background its class 0 is background and N = K + 1, else N = K.
 
-VOC_NAMES = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
-             "person pottedplant sheep sofa train tvmonitor").split()
+VOC_NAMES = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
+             "motorbike person pottedplant sheep sofa train tvmonitor").split()
 
 # the 80 COCO thing categories in order; "-" stands for an id that COCO never used
-COCO_THINGS = ("person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,-,stop sign,"
-               "parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,-,backpack,umbrella,-,-,"
-               "handbag,tie,suitcase,frisbee,skis,snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,"
-               "surfboard,tennis racket,bottle,-,wine glass,cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,"
-               "broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,potted plant,bed,-,dining table,-,-,toilet,-,tv,"
-               "laptop,mouse,remote,keyboard,cell phone,microwave,oven,toaster,sink,refrigerator,-,book,clock,vase,"
-               "scissors,teddy bear,hair drier,toothbrush,-").split(",")
+COCO_THINGS = ("person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,-,"
+               "stop sign,parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,-,"
+               "backpack,umbrella,-,-,handbag,tie,suitcase,frisbee,skis,snowboard,sports ball,kite,"
+               "baseball bat,baseball glove,skateboard,surfboard,tennis racket,bottle,-,wine glass,cup,fork,"
+               "knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,"
+               "couch,potted plant,bed,-,dining table,-,-,toilet,-,tv,laptop,mouse,remote,keyboard,"
+               "cell phone,microwave,oven,toaster,sink,refrigerator,-,book,clock,vase,scissors,teddy bear,"
+               "hair drier,toothbrush,-").split(",")
 
-# COCO-Stuff-27 (PiCIE, STEGO): 12 groups of things, 15 of stuff, each with its raw stuffthingmaps ids (category id - 1)
+# COCO-Stuff-27 (PiCIE, STEGO): 12 groups of things, 15 of stuff, each with its raw stuffthingmaps ids
+# (category id - 1)
 STUFF27 = {
-    "electronic": range(71, 77), "appliance": range(77, 83), "food": range(51, 61), "furniture": range(61, 71),
-    "indoor": range(83, 91), "kitchen": range(43, 51), "accessory": range(25, 33), "animal": range(15, 25),
-    "outdoor": range(9, 15), "person": [0], "sports": range(33, 43), "vehicle": range(1, 9),
+    "electronic": range(71, 77), "appliance": range(77, 83), "food": range(51, 61),
+    "furniture": range(61, 71), "indoor": range(83, 91), "kitchen": range(43, 51),
+    "accessory": range(25, 33), "animal": range(15, 25), "outdoor": range(9, 15), "person": [0],
+    "sports": range(33, 43), "vehicle": range(1, 9),
     "ceiling": [101, 102], "floor": [100, 113, 114, 115, 116, 117], "food-stuff": [120, 121, 152, 169],
-    "furniture-stuff": [97, 106, 107, 109, 111, 122, 129, 132, 155, 160, 164], "raw material": [99, 131, 138, 142],
-    "textile": [91, 92, 103, 104, 108, 130, 136, 140, 151, 166, 167], "wall": range(170, 177), "window": [179, 180],
-    "building": [94, 95, 127, 150, 157, 165], "ground": [110, 124, 125, 135, 139, 143, 144, 146, 148, 153, 158],
+    "furniture-stuff": [97, 106, 107, 109, 111, 122, 129, 132, 155, 160, 164],
+    "raw material": [99, 131, 138, 142],
+    "textile": [91, 92, 103, 104, 108, 130, 136, 140, 151, 166, 167], "wall": range(170, 177),
+    "window": [179, 180], "building": [94, 95, 127, 150, 157, 165],
+    "ground": [110, 124, 125, 135, 139, 143, 144, 146, 148, 153, 158],
     "plant": [93, 96, 118, 123, 128, 133, 141, 162, 168], "sky": [105, 156],
-    "solid": [126, 134, 149, 159, 161, 181], "structural": [98, 112, 137, 145, 163], "water": [119, 147, 154, 177, 178],
+    "solid": [126, 134, 149, 159, 161, 181], "structural": [98, 112, 137, 145, 163],
+    "water": [119, 147, 154, 177, 178],
 }
 
 
 def coco_table(kind):
-    """256-entry table, raw stuffthingmaps id -> class: `coco80` (things 1..80, stuff 0) or `cocostuff27` (0..26)."""
+    """256-entry table, raw stuffthingmaps id -> class.
+
+    kind      `coco80` (things 1..80, stuff 0) or `cocostuff27` (0..26)
+    """
     table = np.full(256, VOID, np.uint8)
     if kind == "coco80":
         used = [raw for raw, name in enumerate(COCO_THINGS) if name != "-"]
@@ -107,18 +116,21 @@ def _opened(path, what="image"):
             raise DataError(f"{path}: a folder, pipe or device, not a file; rename or remove it")
         with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > MOST_PIXELS:
-                raise DataError(f"{path}: {image.width} x {image.height} pixels are too many for one {what}; shrink it")
+                raise DataError(f"{path}: {image.width} x {image.height} pixels are too many for one {what}; "
+                                "shrink it")
             yield image
     except DataError:
         raise
     except Exception as error:                            # decoders raise a dozen kinds on damaged files
-        raise DataError(f"{path}: cannot read this {what} ({_reason(error)}); get it again or leave it out") from None
+        raise DataError(f"{path}: cannot read this {what} ({_reason(error)}); "
+                        "get it again or leave it out") from None
 
 
 def open_image(path, upright=False):
     """Decode any image to RGB: uint8 (H, W, 3). Raises DataError naming the file.
 
-    upright   turn it as its EXIF says (photographs of one's own); off for data sets whose masks are not turned
+    upright   turn it as its EXIF says (photographs of one's own); off for data sets whose masks are not
+              turned
     """
     with _opened(path) as image:
         if upright:
@@ -129,18 +141,22 @@ def open_image(path, upright=False):
 
 
 def open_label(path, table=None, n_classes=256):
-    """Decode a palette or grey PNG of class indices: uint8 (H, W), 255 void. Raises DataError naming the file.
+    """Decode a palette or grey PNG of class indices: uint8 (H, W), 255 void.
+
+    Raises DataError naming the file.
 
     table      (256,) uint8 applied to the raw values; n_classes: values from here on (but 255) are an error
     """
     with _opened(path, "label") as image:
         if image.mode not in ("P", "L"):
-            raise DataError(f"{path}: this label is {image.mode}; make it an 8-bit palette or grey PNG of class indices")
+            raise DataError(f"{path}: this label is {image.mode}; "
+                            "make it an 8-bit palette or grey PNG of class indices")
         raw = np.array(image)
     label = raw if table is None else table[raw]
     wrong = raw[(label >= n_classes) & (label != VOID)]
     if wrong.size:
-        raise DataError(f"{path}: label value {wrong[0]} is none of the {n_classes} classes; correct the file, or --data")
+        raise DataError(f"{path}: label value {wrong[0]} is none of the {n_classes} classes; "
+                        "correct the file, or --data")
     return label
 
 
@@ -152,7 +168,10 @@ def _reason(error):
 
 
 def squash(image, size, mode="bilinear"):
-    """uint8 (H, W[, 3]) -> uint8 (size, size[, 3]), aspect ignored; bilinear without antialiasing, or nearest (TransFGU)."""
+    """uint8 (H, W[, 3]) -> uint8 (size, size[, 3]), aspect ignored.
+
+    Bilinear without antialiasing, or nearest (TransFGU).
+    """
     x = torch.from_numpy(np.ascontiguousarray(image))
     x = x.permute(2, 0, 1)[None].float() if x.ndim == 3 else x[None, None].float()
     x = F.interpolate(x, size=(size, size), mode=mode)[0]
@@ -164,7 +183,9 @@ def squash(image, size, mode="bilinear"):
 
 
 class Dataset:
-    """Images with labels on disk. Subclasses set `ids`, `images`, `labels` (paths), `names`, `things`, `stuff`.
+    """Images with labels on disk.
+
+    Subclasses set `ids`, `images`, `labels` (paths), `names`, `things`, `stuff`.
 
     names     class names; things, stuff: clusters of either kind, found separately
     background  class 0 is background, no cluster
@@ -182,14 +203,15 @@ class Dataset:
         return open_image(self.images[i], self.upright)
 
     def label(self, i):
-        """uint8 (H, W), 255 void; None without labels. Raises DataError, also if its size is not the image's."""
+        """uint8 (H, W), 255 void; None without labels. Raises DataError, also if not of its image's size."""
         if not self.labels:
             return None
         label = open_label(self.labels[i], self.table, len(self.names))
         with _opened(self.images[i]) as image:
             if image.size != label.shape[::-1]:
-                raise DataError(f"{self.labels[i]}: this label is {label.shape[1]} x {label.shape[0]}, its image "
-                                f"{image.width} x {image.height}; get the pair again or leave it out")
+                raise DataError(f"{self.labels[i]}: this label is {label.shape[1]} x {label.shape[0]}, "
+                                f"its image {image.width} x {image.height}; "
+                                "get the pair again or leave it out")
         return label
 
 
@@ -202,23 +224,29 @@ def _folder(root, tried, how):
 
 
 class VOC(Dataset):
-    """PASCAL VOC 2012 below root, VOCdevkit or VOC2012. `aug`: train on train_aug.txt and SegmentationClassAug."""
+    """PASCAL VOC 2012 below root, VOCdevkit or VOC2012.
+
+    `aug`: train on train_aug.txt and SegmentationClassAug.
+    """
     names, things = VOC_NAMES, 20
     published = {"train": 1464, "val": 1449, "train_aug": 10582}
 
     def __init__(self, root="data", split="train", aug=False):
-        name, masks = ("train_aug", "SegmentationClassAug") if aug and split == "train" else (split, "SegmentationClass")
+        name, masks = (("train_aug", "SegmentationClassAug") if aug and split == "train"
+                       else (split, "SegmentationClass"))
         how = f"get it with: python data.py --download voc --root {root}"
         base = _folder(root, ("VOCdevkit/VOC2012", "VOC2012", "."), f"{how}, or give another --root")
         file = base / "ImageSets" / "Segmentation" / f"{name}.txt"
         if not file.is_file():
-            raise DataError(f"{file}: no such list; " + ("the augmented set (SBD) is not on VOC's host, see README, Data"
-                            if name == "train_aug" else how))
+            raise DataError(f"{file}: no such list; " + (
+                "the augmented set (SBD) is not on VOC's host, see README, Data"
+                if name == "train_aug" else how))
         self.split, self.ids = name, file.read_text(errors="replace").split()
         ordered = sorted(self.ids)
         twice = next((a for a, b in zip(ordered, ordered[1:]) if a == b), None)
         if twice or not self.ids:
-            raise DataError(f"{file}: {f'{twice} is listed twice; take one out' if twice else f'an empty list; {how}'}")
+            raise DataError(
+                f"{file}: {f'{twice} is listed twice; take one out' if twice else f'an empty list; {how}'}")
         for part in ("JPEGImages", masks):
             _folder(base, (part,), "see README, Data, for the layout")
         self.images = [base / "JPEGImages" / f"{i}.jpg" for i in self.ids]
@@ -230,8 +258,8 @@ class COCO(Dataset):
 
     Samples are the images whose map shows at least one thing pixel. TransFGU takes those with an instance
     annotation, which differs where every instance is hidden in the map; no json is needed here. The maps are
-    all read once, and the list is kept in `cache` (a folder) if given. An unreadable map counts as a sample, so
-    that it is named when it is used, not dropped; the list is kept only without one.
+    all read once, and the list is kept in `cache` (a folder) if given. An unreadable map counts as a sample,
+    so that it is named when it is used, not dropped; the list is kept only without one.
     """
     published = {"train": 117266, "val": 4952}
 
@@ -240,7 +268,8 @@ class COCO(Dataset):
         images = _folder(root, (f"images/{split}2017", f"{split}2017"), how)
         labels = _folder(root, (f"annotations/{split}2017", f"stuffthingmaps/{split}2017"), how)
         self.split, self.table, self.background = split, coco_table(kind), kind == "coco80"
-        self.names = (["background"] + [n for n in COCO_THINGS if n != "-"]) if self.background else list(STUFF27)
+        self.names = (["background"] + [n for n in COCO_THINGS if n != "-"] if self.background
+                      else list(STUFF27))
         self.things, self.stuff = (80, 0) if self.background else (12, 15)
         self.all = sorted(p.stem for p in images.glob("*.jpg"))
         if not self.all:
@@ -281,12 +310,13 @@ class Folder(Dataset):
             raise DataError(f"{root}: no such file or folder; correct the path")
 
         def refuse(error):                                # os.walk alone would leave such a folder out
-            raise DataError(f"{error.filename}: cannot read this folder ({_reason(error)}); change its permissions")
+            raise DataError(f"{error.filename}: cannot read this folder ({_reason(error)}); "
+                            "change its permissions")
 
         found = [root] if root.is_file() else []
-        walk = os.walk(root, onerror=refuse) if root.is_dir() else ()             # links to folders are not followed
+        walk = os.walk(root, onerror=refuse) if root.is_dir() else ()             # without links to folders
         for folder, below, files in walk:
-            below.sort()                                  # a folder named like an image is refused when it is used
+            below.sort()                                  # a folder named like an image is refused on use
             found += [Path(folder) / f for f in sorted(below + files) if f.lower().endswith(SUFFIXES)]
         if not found:
             raise DataError(f"{root}: no images here; give a folder with any of {' '.join(SUFFIXES)}")
@@ -296,27 +326,32 @@ class Folder(Dataset):
         twice = [(p, first[i]) for i, p in zip(self.ids, found) if first.setdefault(i, p) != p]
         if twice:
             more = f" (and {len(twice) - 1} more such pairs)" if twice[1:] else ""
-            raise DataError(f"{twice[0][0]}: the same name as {twice[0][1]}{more}: their predictions would overwrite "
-                            "each other; rename one")
+            raise DataError(f"{twice[0][0]}: the same name as {twice[0][1]}{more}: their predictions would "
+                            "overwrite each other; rename one")
 
 
 # ----------------------------------------------------------------------------
 # `shapes`: textured objects on grey noise, rendered from a seed
 
 SHAPES = ("disc", "square", "triangle", "star", "cross")
-HUES = (0.0, 0.6, 0.4, 0.2, 0.8)                          # as far apart as they can be: neighbours would swap class
+HUES = (0.0, 0.6, 0.4, 0.2, 0.8)                          # as far apart as can be, or neighbours swap class
 
 
 def _noise(rng, size, cells):
     """Smooth noise (size, size): random grids of several sizes, enlarged and added, mean 0, deviation 1."""
-    field = sum(weight * np.asarray(Image.fromarray(rng.random((n, n), np.float32)).resize((size, size), Image.BICUBIC))
+    field = sum(weight * np.asarray(Image.fromarray(rng.random((n, n), np.float32)).resize(
+                    (size, size), Image.BICUBIC))
                 for n, weight in cells)
     return (field - field.mean()) / (field.std() + 1e-6)
 
 
 def _background(rng, size, tint):
-    """1/f noise, grey with faint colour (`tint`: its standard deviation). The same statistics in every image, so that it carries no identity."""
-    cells = [(max(2, n * size // 96), weight) for n, weight in ((5, 0.5), (9, 0.7), (17, 0.6), (33, 0.5), (65, 0.35))]
+    """1/f noise, grey with faint colour (`tint`: its standard deviation).
+
+    The same statistics in every image, so that it carries no identity.
+    """
+    cells = [(max(2, n * size // 96), weight)
+             for n, weight in ((5, 0.5), (9, 0.7), (17, 0.6), (33, 0.5), (65, 0.35))]
     grey = _noise(rng, size, cells)[..., None]
     colour = np.stack([_noise(rng, size, cells[:4]) for _ in range(3)], 2)
     return 0.45 + 0.15 * grey + tint * (colour - colour.mean(2, keepdims=True))
@@ -327,7 +362,7 @@ def _paint(image, alpha, colour):
 
 
 def new_object(rng, category):
-    """What an object keeps in every picture of it: category, two colours, texture, and how it is turned and lit."""
+    """What an object keeps in every picture: category, two colours, texture, and how it is turned and lit."""
     hue, saturation, value = HUES[category] + rng.normal(0, 0.02), rng.uniform(0.6, 1), rng.uniform(0.65, 1)
     dark = (hue + rng.normal(0, 0.02), saturation * rng.uniform(0.5, 1), value * rng.uniform(0.35, 0.6))
     turn, phase, shade = rng.uniform(0, 2 * math.pi, 3)
@@ -388,13 +423,14 @@ def render(rng, things, size, radius, tint=0.02, clutter=0.2):
                 _draw_object(image, label, thing, cx, cy, r)
                 break
     turn = rng.uniform(0, 2 * math.pi)
-    image *= rng.uniform(0.8, 1.15) + rng.uniform(0, 0.7) * ((x - 0.5) * math.cos(turn) + (y - 0.5) * math.sin(turn))[..., None]
+    image *= rng.uniform(0.8, 1.15) + rng.uniform(0, 0.7) * (
+        (x - 0.5) * math.cos(turn) + (y - 0.5) * math.sin(turn))[..., None]
     image += rng.normal(0, 0.02, image.shape)
     return (image.clip(0, 1) * 255).astype(np.uint8), label
 
 
 def shapes(seed, size=128):
-    """One scene: uint8 (size, size, 3), uint8 (size, size) of 0 background, 1..5 `SHAPES`; two or three objects."""
+    """One scene: uint8 (size, size, 3), (size, size) of 0 background, 1..5 `SHAPES`; two or three objects."""
     rng = np.random.default_rng(seed)
     categories = rng.choice(len(SHAPES), rng.integers(2, 4), replace=False)
     return render(rng, [new_object(rng, int(k)) for k in categories], size, (0.16, 0.28))
@@ -436,7 +472,8 @@ def dataset(name, root="data", split="train", classes=20, seed=0, cache=None):
 # Crops and augmentation: every number is drawn from (seed, epoch, sample), never from a process's own stream
 
 
-JITTER = (0.8, 0.8, 0.8, 0.2)                             # of brightness, contrast, saturation; hue in turns (TransFGU)
+# of brightness, contrast, saturation; hue in turns (TransFGU)
+JITTER = (0.8, 0.8, 0.8, 0.2)
 
 
 def draw(seed, epoch, sample, jitter=JITTER):
@@ -463,7 +500,8 @@ def crop(image, cam, draws, size, patch, label=None):
     """Cut and mirror image, CAM and label alike, by one affine grid.
 
     image (B, 3, S, S), cam (B, K, h, w), label (B, S, S) or None; draws (B, 10) of `draw`
-    returns  (B, 3, size, size), (B, K, size / patch, size / patch) averaged over patches, (B, size, size) or None
+    returns  (B, 3, size, size), (B, K, size / patch, size / patch) averaged over patches, (B, size, size) or
+             None
     """
     scale, y, x, flip = draws[:, :4].T
     zero = torch.zeros_like(scale)
@@ -475,14 +513,14 @@ def crop(image, cam, draws, size, patch, label=None):
         grid = F.affine_grid(theta, (len(t), 1, side, side), align_corners=False).to(t.dtype)
         return F.grid_sample(t, grid, mode, "border", align_corners=False)
 
-    cam = F.avg_pool2d(sample(cam, 2 * size // patch, "bilinear"), 2)             # 2 x 2 points a patch, as RoIAlign
+    cam = F.avg_pool2d(sample(cam, 2 * size // patch, "bilinear"), 2)             # 2 x 2 a patch, as RoIAlign
     if label is not None:
         label = sample(label[:, None].float(), size, "nearest")[:, 0].to(label.dtype)
     return sample(image, size, "bilinear"), cam, label
 
 
 def augment(image, draws):
-    """Colour jitter, grayscale and blur of image (B, 3, H, W) in 0..1 by draws (B, 10) -> the same shape and range.
+    """Colour jitter, grayscale, blur of image (B, 3, H, W) in 0..1 by draws (B, 10) -> same shape and range.
 
     Hue turns about the grey axis of RGB (torchvision's goes through HSV).
     """
@@ -493,7 +531,7 @@ def augment(image, draws):
     image = ((image - mean) * contrast + mean).clamp(0, 1)
     shade = (image * luma).sum(1, keepdim=True)
     image = ((image - shade) * saturation * (1 - grey) + shade).clamp(0, 1)
-    cos, sin = (hue * 2 * math.pi).cos(), (hue * 2 * math.pi).sin()               # a turn in hue: Rodrigues' formula
+    cos, sin = (hue * 2 * math.pi).cos(), (hue * 2 * math.pi).sin()               # hue: Rodrigues' formula
     r, g, b = image.unbind(1)
     across = torch.stack([b - g, r - b, g - r], 1) / math.sqrt(3)
     image = (cos * image + sin * across + (1 - cos) * image.mean(1, keepdim=True)).clamp(0, 1)
@@ -525,10 +563,12 @@ def check(data):
 
 # name: (address, MD5 where one is published, folder below root to unpack in) of each file
 FILES = {
-    "voc": [("http://host.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar", "6cd6e144f989b92b3379bac3b3de84fd", ".")],
+    "voc": [("http://host.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
+             "6cd6e144f989b92b3379bac3b3de84fd", ".")],
     "coco80": [("http://images.cocodataset.org/zips/train2017.zip", None, "images"),
                ("http://images.cocodataset.org/zips/val2017.zip", None, "images"),
-               ("http://calvin.inf.ed.ac.uk/wp-content/uploads/data/cocostuffdataset/stuffthingmaps_trainval2017.zip", None, "annotations")],
+               ("http://calvin.inf.ed.ac.uk/wp-content/uploads/data/cocostuffdataset/"
+                "stuffthingmaps_trainval2017.zip", None, "annotations")],
 }
 FILES["cocostuff27"] = FILES["coco80"]
 
@@ -550,7 +590,8 @@ def fetch(url, file, md5=None):
     have = part.stat().st_size if part.exists() else 0
     try:
         request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-        with urllib.request.urlopen(request, timeout=60) as reply, open(part, "ab" if reply.status == 206 else "wb") as out:
+        with (urllib.request.urlopen(request, timeout=60) as reply,
+              open(part, "ab" if reply.status == 206 else "wb") as out):
             have = out.tell()                             # 0 without 206: this host starts from the beginning
             total = have + int(reply.headers.get("Content-Length") or 0)
             try:
@@ -564,25 +605,29 @@ def fetch(url, file, md5=None):
         if error.code != 416 or not have:
             raise DataError(f"{url}: {error}; give another address with --url") from None
         whole = (error.headers.get("Content-Range") or "").rpartition("/")[2]
-        if whole.isdigit() and int(whole) != have:        # 416: nothing is missing any more, or there never was as much
+        if whole.isdigit() and int(whole) != have:        # 416: nothing missing, or there never was as much
             part.unlink()
-            raise DataError(f"{url}: has {whole} bytes, {part} had {have} and was removed; run the same command again") from None
+            raise DataError(f"{url}: has {whole} bytes, {part} had {have} and was removed; "
+                            "run the same command again") from None
     except (OSError, ValueError, http.client.HTTPException) as error:
-        raise DataError(f"{url}: {_reason(getattr(error, 'reason', error))}; {have >> 20} MB are kept, the same command goes "
-                        f"on; another address is given with --url, or unpack it yourself (README, Data)") from None
+        raise DataError(f"{url}: {_reason(getattr(error, 'reason', error))}; {have >> 20} MB are kept, "
+                        "the same command goes on; another address is given with --url, "
+                        "or unpack it yourself (README, Data)") from None
     else:
         if have < total:
-            raise DataError(f"{url}: broke off after {have} of {total} bytes; the same command goes on from there")
+            raise DataError(f"{url}: broke off after {have} of {total} bytes; "
+                            "the same command goes on from there")
     digest = _md5(part)
     if md5 and digest != md5:
         part.unlink()
-        raise DataError(f"{url}: MD5 {digest}, expected {md5}; the file was removed, try again or another --url")
+        raise DataError(f"{url}: MD5 {digest}, expected {md5}; "
+                        "the file was removed, try again or another --url")
     part.replace(file)
     return digest
 
 
 def unpack(file, folder):
-    """Unpack a .tar or .zip below `folder`. Raises DataError on a damaged archive or a path that leads out."""
+    """Unpack a .tar or .zip below `folder`. Raises DataError on a damaged archive or path that leads out."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         if tarfile.is_tarfile(file):
@@ -592,23 +637,25 @@ def unpack(file, folder):
             with zipfile.ZipFile(file) as archive:
                 for name in archive.namelist():
                     if not (folder / name).resolve().is_relative_to(folder.resolve()):
-                        raise DataError(f"{file}: {name} leads out of the folder; nothing was unpacked, try another --url")
+                        raise DataError(f"{file}: {name} leads out of the folder; "
+                                        "nothing was unpacked, try another --url")
                 archive.extractall(folder)
     except DataError:
         raise
-    except Exception as error:                            # zlib, lzma, zipfile and tarfile each have their own kinds
+    except Exception as error:                            # zlib, lzma, zipfile, tarfile each have their own
         raise DataError(f"{file}: cannot unpack ({_reason(error)}); remove it and get it again") from None
 
 
 def download(name, root, url=None):
     """Fetch and unpack the files of data set `name` below root, or only the one at `url`.
 
-    Under the name of a published file it must have the published MD5; under another (voc only) it is taken as it is.
+    Under the name of a published file it must have the published MD5; under another (voc only) it is taken as
+    it is.
     """
     if name not in FILES:
         raise DataError(f"{name}: nothing to download; " + (
-            "VOC comes with --download voc; SegmentationClassAug and train_aug.txt (SBD) lie on file-sharing links, "
-            "see README, Data" if name == "voc-aug" else "it has no files of its own"))
+            "VOC comes with --download voc; SegmentationClassAug and train_aug.txt (SBD) lie on file-sharing "
+            "links, see README, Data" if name == "voc-aug" else "it has no files of its own"))
     file_name = lambda address: Path(urllib.parse.urlsplit(address).path).name
     files = FILES[name]
     if url:
@@ -622,7 +669,8 @@ def download(name, root, url=None):
         digest = _md5(file) if file.exists() else fetch(address, file, md5)
         if md5 and digest != md5:
             raise DataError(f"{file}: MD5 {digest}, expected {md5}; remove it and run the same command again")
-        print(f"{file}: MD5 {digest}, {'as published' if md5 else 'nothing published to compare with'}; unpacking")
+        print(f"{file}: MD5 {digest}, {'as published' if md5 else 'nothing published to compare with'}; "
+              "unpacking")
         unpack(file, Path(root) / below)
 
 
@@ -647,7 +695,8 @@ def sheet():
 
 
 def main():
-    p = argparse.ArgumentParser(description="Show, check or download data sets.", epilog=__doc__.split("\n\n")[2],
+    p = argparse.ArgumentParser(description="Show, check or download data sets.",
+                                epilog=__doc__.split("\n\n")[2],
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--check", action="store_true",
         help="read every file of --data and name each that is missing or broken")
@@ -655,8 +704,8 @@ def main():
         help="fetch and unpack: voc, coco80, cocostuff27")
     p.add_argument("--url",
         help="another address for --download, when a host has moved: fetches only this file. Under the "
-                   "name of a published file it must have the published MD5, where there is one; under another name (voc "
-                   "only) it is taken as it is and its MD5 shown")
+             "name of a published file it must have the published MD5, where there is one; under another "
+             "name (voc only) it is taken as it is and its MD5 shown")
     p.add_argument("--data", choices=NAMES, default="shapes", help="data set to check (default: shapes)")
     p.add_argument("--root", default="data",
         help="folder of the data sets, or of the images for folder (default: data)")

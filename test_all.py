@@ -4,8 +4,8 @@
     DMSA_GOLDEN=folder python -m pytest -q test_all.py           # and against the peers' golden numbers
 
 The expected values are textbook forms written out here, straight from the equation, and a few numbers made by
-the peers' own code (TransFGU ea49bcd, AFA adcfa29, DINO 7c446df). With DMSA_GOLDEN the same functions are also
-compared with whole files of such numbers.
+the peers' own code (TransFGU ea49bcd, AFA adcfa29, DINO 7c446df). With DMSA_GOLDEN the same functions are
+also compared with whole files of such numbers.
 """
 
 import ast
@@ -60,7 +60,7 @@ def randn(*shape, seed=0):
 def small_vit(seed=0, depth=3):
     torch.manual_seed(seed)
     vit = model.VisionTransformer(img_size=64, patch_size=8, embed_dim=48, depth=depth, num_heads=4)
-    for p in vit.parameters():                            # larger weights than at the start of training: attention is not flat
+    for p in vit.parameters():                            # larger than before training: attention is not flat
         p.data = torch.randn_like(p) * (0.15 if p.ndim > 1 else 0.1) + (p.data if p.ndim == 1 else 0)
     return vit.eval().requires_grad_(False)
 
@@ -69,8 +69,9 @@ def small_vit(seed=0, depth=3):
 # aspp.py
 
 
-@pytest.mark.parametrize("epochs, rates", [((1, 3, 5, 7, 11, 27), (1, 1, 2, 3)), ((2, 4, 6, 36), (1, 1, 3, 5)),
-                                           ((8, 9, 19), (1, 3, 6, 9)), ((10, 20, 200), (1, 6, 12, 18))])
+@pytest.mark.parametrize("epochs, rates", [
+    ((1, 3, 5, 7, 11, 27), (1, 1, 2, 3)), ((2, 4, 6, 36), (1, 1, 3, 5)),
+    ((8, 9, 19), (1, 3, 6, 9)), ((10, 20, 200), (1, 6, 12, 18))])
 def test_dilation_rates_are_table_1_with_epochs_counted_from_1(epochs, rates):
     assert all(aspp.dilation_rates(e) == rates for e in epochs)
     with pytest.raises(ValueError, match="count from 1"):
@@ -78,7 +79,8 @@ def test_dilation_rates_are_table_1_with_epochs_counted_from_1(epochs, rates):
 
 
 def test_eq_1_gives_the_size_that_the_convolution_has():
-    for m, kernel, rate, padding, stride in ((20, 3, 6, 6, 1), (20, 3, 18, 18, 1), (21, 3, 2, 1, 2), (15, 5, 1, 0, 3)):
+    for m, kernel, rate, padding, stride in ((20, 3, 6, 6, 1), (20, 3, 18, 18, 1), (21, 3, 2, 1, 2),
+                                             (15, 5, 1, 0, 3)):
         conv = nn.Conv1d(1, 1, kernel, stride, padding, dilation=rate)
         assert aspp.output_size(m, kernel, rate, padding, stride) == conv(torch.zeros(1, 1, m)).shape[2]
 
@@ -93,7 +95,8 @@ def test_aspp_branches_equal_loops_over_taps_at_their_rates():
     torch.manual_seed(0)
     module, x, rates = aspp.ASPP(8, 16).double(), randn(1, 8, 6, 7).double(), (1, 1, 3, 5)
     norm_relu = lambda y, b: F.relu(F.group_norm(y, 2, b.norm.weight, b.norm.bias))
-    expected = [norm_relu(torch.einsum("oc,bchw->bohw", module.point.pointwise.weight[:, :, 0, 0], x), module.point)]
+    expected = [norm_relu(torch.einsum("oc,bchw->bohw", module.point.pointwise.weight[:, :, 0, 0], x),
+                          module.point)]
     for branch, r in zip(module.atrous, rates[1:]):
         y = torch.zeros_like(x)
         for i in range(6):
@@ -101,9 +104,12 @@ def test_aspp_branches_equal_loops_over_taps_at_their_rates():
                 for dy in (-1, 0, 1):
                     for dx in (-1, 0, 1):
                         if 0 <= i + dy * r < 6 and 0 <= j + dx * r < 7:
-                            y[:, :, i, j] += branch.depthwise.weight[:, 0, dy + 1, dx + 1] * x[:, :, i + dy * r, j + dx * r]
-        expected.append(norm_relu(torch.einsum("oc,bchw->bohw", branch.pointwise.weight[:, :, 0, 0], y), branch))
-    pooled = torch.einsum("oc,bc->bo", module.pool.pointwise.weight[:, :, 0, 0], x.mean((2, 3)))[:, :, None, None]
+                            y[:, :, i, j] += (branch.depthwise.weight[:, 0, dy + 1, dx + 1]
+                                              * x[:, :, i + dy * r, j + dx * r])
+        expected.append(norm_relu(torch.einsum("oc,bchw->bohw", branch.pointwise.weight[:, :, 0, 0], y),
+                                  branch))
+    pooled = torch.einsum("oc,bc->bo", module.pool.pointwise.weight[:, :, 0, 0],
+                          x.mean((2, 3)))[:, :, None, None]
     expected.append(norm_relu(pooled, module.pool).expand(-1, -1, 6, 7))
     torch.testing.assert_close(module.branches(x, rates), torch.cat(expected, 1))
 
@@ -126,10 +132,11 @@ def test_aspp_refuses_rates_that_are_not_a_row_of_the_table():
 
 
 def textbook_par(image, masks, dilations, iterations, omega3=0.01, w=0.3):
-    """Eq. 4 as loops over pixels and neighbours, in double precision; one image (3, H, W), masks (C, H, W)."""
+    """Eq. 4 as loops over pixels and neighbours, in double precision; image (3, H, W), masks (C, H, W)."""
     image, masks = image.double().numpy(), masks.double().numpy()
     _, H, W = image.shape
-    steps = [(dy * d, dx * d) for d in dilations for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != (0, 0)]
+    steps = [(dy * d, dx * d) for d in dilations for dy in (-1, 0, 1) for dx in (-1, 0, 1)
+             if (dy, dx) != (0, 0)]
     distance = np.array([math.sqrt(dy * dy + dx * dx) for dy, dx in steps])
     position = np.exp(-(distance / (distance.std(ddof=1) + 1e-8) / w) ** 2)
     position /= position.sum()
@@ -149,11 +156,13 @@ def textbook_par(image, masks, dilations, iterations, omega3=0.01, w=0.3):
 
 @pytest.mark.parametrize("dilations, iterations", [((1, 2, 4, 8, 12, 24), 2), ((1, 2, 4, 8), 3), ((3,), 1)])
 def test_par_equals_eq_4_written_as_loops(dilations, iterations):
-    image, masks = torch.rand(2, 3, 13, 10, generator=torch.Generator().manual_seed(1)), randn(2, 3, 13, 10).softmax(1)
+    image = torch.rand(2, 3, 13, 10, generator=torch.Generator().manual_seed(1))
+    masks = randn(2, 3, 13, 10).softmax(1)
     image[:, :, :6, :5] = 0.4                             # a flat region: uniform weights
     refined = par.PAR(dilations, iterations)(image, masks)
     for n in range(2):
-        torch.testing.assert_close(refined[n], textbook_par(image[n], masks[n], dilations, iterations), rtol=0, atol=1e-5)
+        torch.testing.assert_close(refined[n], textbook_par(image[n], masks[n], dilations, iterations),
+                                   rtol=0, atol=1e-5)
 
 
 def test_par_weights_sum_to_1_01_and_do_not_depend_on_the_range_of_the_image():
@@ -177,7 +186,8 @@ def test_par_resizes_masks_with_corners_aligned():
 
 def test_par_makes_a_coarse_mask_follow_the_edge_of_the_image():
     image, coarse, truth = par.example()
-    iou = lambda m: ((m.argmax(1)[0] == 1) & (truth == 1)).sum() / ((m.argmax(1)[0] == 1) | (truth == 1)).sum()
+    iou = lambda m: (((m.argmax(1)[0] == 1) & (truth == 1)).sum()
+                     / ((m.argmax(1)[0] == 1) | (truth == 1)).sum())
     assert iou(par.PAR((1, 2, 4, 8))(image, coarse)) > 0.98 > 0.95 > iou(par.PAR(iterations=0)(image, coarse))
 
 
@@ -193,7 +203,8 @@ def test_par_names_a_wrong_batch():
 def test_cam_probabilities_put_a_background_below_half_the_threshold():
     cam_maps = torch.tensor([[0.0, 0.04, 0.06, 1.0], [0.0, 0.0, 0.0, 0.2]]).view(1, 2, 1, 4)
     p = losses.cam_probabilities(5 + 3 * cam_maps)        # any scale and offset
-    torch.testing.assert_close(p[0, :, 0], torch.tensor([[0.1, 0.06, 0.04, 0], [0, 0.04, 0.06, 1], [0, 0, 0, 0.2]]))
+    torch.testing.assert_close(p[0, :, 0],
+                               torch.tensor([[0.1, 0.06, 0.04, 0], [0, 0.04, 0.06, 1], [0, 0, 0, 0.2]]))
     assert p.argmax(1).flatten().tolist() == [0, 0, 1, 1]
     torch.testing.assert_close(losses.cam_probabilities(cam_maps, background=False), cam_maps)
 
@@ -205,7 +216,8 @@ def test_constant_maps_are_background_not_nan():
 
 def test_fusion_weighs_the_teacher():
     p, teacher = torch.rand(2, 3, 4, 4), randn(2, 3, 4, 4)
-    torch.testing.assert_close(losses.fuse(p, teacher, 0.7), 0.3 * p + 0.7 * torch.exp(teacher) / torch.exp(teacher).sum(1, keepdim=True))
+    torch.testing.assert_close(losses.fuse(p, teacher, 0.7),
+                               0.3 * p + 0.7 * torch.exp(teacher) / torch.exp(teacher).sum(1, keepdim=True))
 
 
 def test_cross_entropy_pushes_the_permuted_class_away():
@@ -217,7 +229,8 @@ def test_cross_entropy_pushes_the_permuted_class_away():
                 p = torch.exp(logits[b, :, i, j]) / torch.exp(logits[b, :, i, j]).sum()
                 y = label[b, i, j]
                 total += -math.log(p[y]) + 0.05 * math.log(p[permutation[y]])
-    assert losses.cross_entropy_loss(logits, label, permutation, 0.05).item() == pytest.approx(total / 18, rel=1e-5)
+    assert losses.cross_entropy_loss(logits, label, permutation, 0.05).item() == pytest.approx(
+        total / 18, rel=1e-5)
 
 
 def test_segmentation_loss_balances_background_and_foreground():
@@ -237,13 +250,15 @@ def test_segmentation_loss_is_half_not_nan_for_an_empty_side(value):
 def test_uncertainty_loss_is_one_minus_the_gap_on_foreground_only():
     p = torch.tensor([[0.5, 0.2, 0.3], [0.9, 0.1, 0.0], [0.4, 0.4, 0.2]]).T.reshape(1, 3, 1, 3)
     logits = (p + 1e-9).log()
-    assert losses.uncertainty_loss(logits, torch.tensor([[[True, False, True]]])).item() == pytest.approx((0.8 + 1.0) / 2, abs=1e-5)
+    assert losses.uncertainty_loss(logits, torch.tensor([[[True, False, True]]])).item() == pytest.approx(
+        (0.8 + 1.0) / 2, abs=1e-5)
     assert losses.uncertainty_loss(logits, torch.zeros(1, 1, 3, dtype=torch.bool)).item() == 0
 
 
 def test_class_loss_is_the_mean_over_pairs_of_1_plus_cosine():
     c = randn(2, 4, 5)
-    pairs = [1 + F.cosine_similarity(c[b, i], c[b, j], dim=0) for b in range(2) for i in range(4) for j in range(i + 1, 4)]
+    pairs = [1 + F.cosine_similarity(c[b, i], c[b, j], dim=0)
+             for b in range(2) for i in range(4) for j in range(i + 1, 4)]
     torch.testing.assert_close(losses.class_loss(c), torch.stack(pairs).mean())
     assert losses.class_loss(torch.ones(1, 3, 4)).item() == pytest.approx(2)
 
@@ -254,8 +269,8 @@ def test_losses_of_the_parts_of_a_batch_add_up_to_those_of_the_whole():
     foreground, thing = label > 1, torch.tensor([False, True, True, True])
     logits, embeddings = randn(6, 4, 5, 5).requires_grad_(), randn(6, 4, 8).requires_grad_()
     counts = losses.pixel_counts(label, foreground, thing)
-    run = lambda s: losses.dmsa_losses(logits[s], embeddings[s], label[s], foreground[s], counts, thing, (0.3, 1, 0.3, 1),
-                                       True, torch.tensor([1, 2, 3, 0]), 0.05)
+    run = lambda s: losses.dmsa_losses(logits[s], embeddings[s], label[s], foreground[s], counts, thing,
+                                       (0.3, 1, 0.3, 1), True, torch.tensor([1, 2, 3, 0]), 0.05)
     whole = run(slice(0, 6))
     gradient = torch.autograd.grad(whole["all"], (logits, embeddings))
     parts = [run(slice(i, i + 2)) for i in (0, 2, 4)]
@@ -265,7 +280,8 @@ def test_losses_of_the_parts_of_a_batch_add_up_to_those_of_the_whole():
         torch.testing.assert_close(a, b)
     torch.testing.assert_close(whole["seg"], losses.segmentation_loss(logits, label))
     torch.testing.assert_close(whole["un"], losses.uncertainty_loss(logits[:, 1:], foreground))
-    torch.testing.assert_close(whole["all"], 0.3 * whole["seg"] + whole["ce"] + 0.3 * whole["un"] + whole["cls"])
+    torch.testing.assert_close(whole["all"],
+                               0.3 * whole["seg"] + whole["ce"] + 0.3 * whole["un"] + whole["cls"])
 
 
 # ----------------------------------------------------------------------------
@@ -276,8 +292,10 @@ def test_losses_of_the_parts_of_a_batch_add_up_to_those_of_the_whole():
 def test_there_are_70_windows_of_vocs_scales(h, w):
     boxes = cam.windows(h, w)
     assert len(boxes) == 70 and boxes.min() == 0 and boxes.max() == h - 1
-    assert boxes[:4].tolist() == [[0, 0, int(.6 * h), int(.6 * h)], [int(.3 * h), 0, int(.9 * h), int(.6 * h)],
-                                  [h - 1 - int(.6 * h), 0, h - 1, int(.6 * h)], [0, int(.3 * h), int(.6 * h), int(.9 * h)]]
+    assert boxes[:4].tolist() == [[0, 0, int(.6 * h), int(.6 * h)],
+                                  [int(.3 * h), 0, int(.9 * h), int(.6 * h)],
+                                  [h - 1 - int(.6 * h), 0, h - 1, int(.6 * h)],
+                                  [0, int(.3 * h), int(.6 * h), int(.9 * h)]]
 
 
 def test_windows_equal_transfgus_rule_written_as_loops_also_when_not_square_or_odd():
@@ -288,9 +306,11 @@ def test_windows_equal_transfgus_rule_written_as_loops_also_when_not_square_or_o
             for y in range(h):
                 for x in range(w):
                     if x - s / 2 >= 0 and y - s / 2 >= 0 and x + s / 2 < w and y + s / 2 < h:
-                        left, top, right, bottom = x - s / 2 == 0, y - s / 2 == 0, x + s / 2 == w - 1, y + s / 2 == h - 1
+                        left, top = x - s / 2 == 0, y - s / 2 == 0
+                        right, bottom = x + s / 2 == w - 1, y + s / 2 == h - 1
                         on_x, on_y = x % (s / 2) == 0, y % (s / 2) == 0
-                        if on_x and on_y or on_y and (left or right) or on_x and (top or bottom) or right and bottom:
+                        if (on_x and on_y or on_y and (left or right) or on_x and (top or bottom)
+                                or right and bottom):
                             expected.append([i for i in (x - s // 2, y - s // 2, x + s // 2, y + s // 2)])
         assert cam.windows(h, w).tolist() == expected
 
@@ -298,7 +318,8 @@ def test_windows_equal_transfgus_rule_written_as_loops_also_when_not_square_or_o
 def test_windows_are_kept_by_their_share_of_foreground():
     mask = torch.zeros(8, 8, dtype=torch.bool)
     mask[:4, :4] = True
-    fore, back = cam.select_windows(mask, np.array([[0, 0, 3, 3], [0, 0, 7, 3], [4, 4, 7, 7], [3, 3, 7, 7]]), 8)
+    fore, back = cam.select_windows(
+        mask, np.array([[0, 0, 3, 3], [0, 0, 7, 3], [4, 4, 7, 7], [3, 3, 7, 7]]), 8)
     assert fore.tolist() == [True, True, False, False] and back.tolist() == [False, False, True, True]
 
 
@@ -314,7 +335,8 @@ def test_class_activation_maps_equal_k_full_backward_passes():
         feature = vit.norm(y + block.mlp(block.norm2(y)))[:, 0]
         base = A[0, :, 0, 1:].mean(0).detach()
         for c in range(4):
-            g, = torch.autograd.grad((1 - F.cosine_similarity(feature, centroids[c:c + 1])).mean(), A, retain_graph=True)
+            g, = torch.autograd.grad((1 - F.cosine_similarity(feature, centroids[c:c + 1])).mean(), A,
+                                     retain_graph=True)
             g = g[0, :, 0, 1:].mean(0)
             fg = F.relu(-g)
             order, kept, total = fg.argsort(), torch.zeros(64), 0.0
@@ -327,7 +349,8 @@ def test_class_activation_maps_equal_k_full_backward_passes():
 
 def test_maps_of_a_batch_are_those_of_its_images():
     vit, image, centroids = small_vit(), randn(3, 3, 64, 96), randn(5, 48)
-    torch.testing.assert_close(cam.class_activation_maps(vit, image, centroids)[2:], cam.class_activation_maps(vit, image[2:], centroids))
+    torch.testing.assert_close(cam.class_activation_maps(vit, image, centroids)[2:],
+                               cam.class_activation_maps(vit, image[2:], centroids))
 
 
 def test_window_features_are_the_normed_cls_tokens_of_the_crops():
@@ -381,7 +404,8 @@ def test_tokens_and_attention_equal_a_vit_written_as_einsums():
         y = norm(x, b + "norm1") @ s[b + "attn.qkv.weight"].T + s[b + "attn.qkv.bias"]
         q, k, v = y.view(1, 65, 3, 4, 12).unbind(2)
         A = torch.einsum("bqhd,bkhd->bhqk", q, k).div(math.sqrt(12)).softmax(3)   # Eq. 2
-        x = x + torch.einsum("bhqk,bkhd->bqhd", A, v).flatten(2) @ s[b + "attn.proj.weight"].T + s[b + "attn.proj.bias"]
+        x = (x + torch.einsum("bhqk,bkhd->bqhd", A, v).flatten(2) @ s[b + "attn.proj.weight"].T
+             + s[b + "attn.proj.bias"])
         y = norm(x, b + "norm2") @ s[b + "mlp.fc1.weight"].T + s[b + "mlp.fc1.bias"]
         y = y * 0.5 * (1 + torch.erf(y / math.sqrt(2)))
         x = x + y @ s[b + "mlp.fc2.weight"].T + s[b + "mlp.fc2.bias"]
@@ -400,7 +424,8 @@ def test_the_position_table_is_sampled_with_dinos_scale_factor():
         if not same:
             grid = vit.pos_embed[:, 1:].view(1, 8, 8, 48).permute(0, 3, 1, 2)
             exact = F.interpolate(grid, size=(h, w), mode="bicubic").flatten(2).transpose(1, 2)
-            shifted = F.interpolate(grid, scale_factor=((h + 0.1) / 8, (w + 0.1) / 8), mode="bicubic").flatten(2).transpose(1, 2)
+            shifted = F.interpolate(grid, scale_factor=((h + 0.1) / 8, (w + 0.1) / 8),
+                                    mode="bicubic").flatten(2).transpose(1, 2)
             assert torch.equal(table[:, 1:], shifted) and not torch.allclose(table[:, 1:], exact, atol=1e-3)
 
 
@@ -408,7 +433,8 @@ def test_vits8_has_dinos_150_tensors_and_21670272_parameters():
     with torch.device("meta"):
         state = model.VisionTransformer(**model.BACKBONES["vits8"][0]).state_dict()
     assert len(state) == 150 and sum(t.numel() for t in state.values()) == 21_670_272
-    assert {"cls_token", "pos_embed", "patch_embed.proj.bias", "blocks.11.mlp.fc2.weight", "norm.bias"} <= state.keys()
+    assert {"cls_token", "pos_embed", "patch_embed.proj.bias", "blocks.11.mlp.fc2.weight",
+            "norm.bias"} <= state.keys()
 
 
 def test_decoder_logits_are_normalised_products_of_patches_and_classes():
@@ -471,7 +497,8 @@ def test_the_teacher_is_the_moving_average_with_warm_up():
 def test_weights_load_strictly_from_flat_and_full_checkpoints_in_any_float_type(tmp_path):
     vit = small_vit()
     torch.save({k: v.half() for k, v in vit.state_dict().items()}, tmp_path / "flat.pt")
-    wrapped = {f"module.backbone.{k}": v for k, v in vit.state_dict().items()} | {"module.head.mlp.0.weight": torch.zeros(2)}
+    wrapped = ({f"module.backbone.{k}": v for k, v in vit.state_dict().items()}
+               | {"module.head.mlp.0.weight": torch.zeros(2)})
     torch.save({"teacher": wrapped, "student": {}, "epoch": 3}, tmp_path / "full.pt")
     for name, tolerance in (("flat.pt", 1e-3), ("full.pt", 0)):
         other = small_vit(seed=9)
@@ -488,16 +515,19 @@ class Payload:
 
 def test_weights_that_do_not_fit_or_are_no_weights_are_named(tmp_path):
     vit, state = small_vit(), small_vit().state_dict()
-    cases = {"patch.pt": (state | {"patch_embed.proj.weight": torch.zeros(48, 3, 16, 16)}, "patch_embed.proj.weight"),
+    cases = {"patch.pt": (state | {"patch_embed.proj.weight": torch.zeros(48, 3, 16, 16)},
+                          "patch_embed.proj.weight"),
              "missing.pt": ({k: v for k, v in state.items() if k != "norm.bias"}, "norm.bias"),
              "extra.pt": (state | {"head.weight": torch.zeros(1)}, "head.weight"),
-             "code.pt": ({"a": Payload()}, "not a file of plain tensors"), "list.pt": ([1, 2], "no state dict")}
+             "code.pt": ({"a": Payload()}, "not a file of plain tensors"),
+             "list.pt": ([1, 2], "no state dict")}
     for name, (content, message) in cases.items():
         torch.save(content, tmp_path / name)
     torch.save(state, tmp_path / "short.pt")
     (tmp_path / "short.pt").write_bytes((tmp_path / "short.pt").read_bytes()[:5000])
     (tmp_path / "text.pt").write_text("hello")
-    for name, message in [(n, m) for n, (_, m) in cases.items()] + [("short.pt", "damaged"), ("text.pt", "damaged"), ("none.pt", "No such file")]:
+    for name, message in [(n, m) for n, (_, m) in cases.items()] + [
+            ("short.pt", "damaged"), ("text.pt", "damaged"), ("none.pt", "No such file")]:
         with pytest.raises(model.WeightsError, match=re.escape(message)) as error:
             model.load_dino(vit, tmp_path / name)
         assert name in str(error.value) and "\n" not in str(error.value)
@@ -570,7 +600,8 @@ def _bytes(image, kind, **options):
 
 def _png_of_size(width, height):
     """A PNG of a hundred bytes that announces width x height pixels."""
-    chunk = lambda kind, body: struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    chunk = lambda kind, body: (struct.pack(">I", len(body)) + kind + body
+                                + struct.pack(">I", zlib.crc32(kind + body)))
     return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
             + chunk(b"IDAT", zlib.compress(bytes(99))) + chunk(b"IEND", b""))
 
@@ -584,15 +615,18 @@ def test_coco_tables_follow_the_published_ids():
     names = [n for n in data.COCO_THINGS if n != "-"]
     assert len(data.COCO_THINGS) == 91 and len(names) == len(set(names)) == 80 and len(data.STUFF27) == 27
     assert np.flatnonzero(things == data.VOID).tolist() == [*absent, 255]
-    assert sorted(things[:91][things[:91] != data.VOID].tolist()) == list(range(1, 81)) and (things[91:182] == 0).all()
-    assert np.flatnonzero(stuff == data.VOID).tolist() == [255] and set(stuff[:182].tolist()) == set(range(27))
-    assert (stuff[:91] < 12).all() and (stuff[91:182] >= 12).all()                # 12 groups of things, then 15 of stuff
+    assert (sorted(things[:91][things[:91] != data.VOID].tolist()) == list(range(1, 81))
+            and (things[91:182] == 0).all())
+    assert (np.flatnonzero(stuff == data.VOID).tolist() == [255]
+            and set(stuff[:182].tolist()) == set(range(27)))
+    assert (stuff[:91] < 12).all() and (stuff[91:182] >= 12).all()                # 12 of things, 15 of stuff
     assert sum(len(raw) for raw in data.STUFF27.values()) == 182                  # no id in two groups
     for raw, name, group in [(0, "person", "person"), (2, "car", "vehicle"), (12, "stop sign", "outdoor"),
                              (16, "cat", "animal"), (61, "chair", "furniture"), (71, "tv", "electronic"),
                              (89, "toothbrush", "indoor")]:
         assert names[things[raw] - 1] == name and list(data.STUFF27)[stuff[raw]] == group
-    for raw, group in [(105, "sky"), (123, "plant"), (154, "water"), (148, "ground"), (171, "wall"), (181, "solid")]:
+    for raw, group in [(105, "sky"), (123, "plant"), (154, "water"), (148, "ground"), (171, "wall"),
+                       (181, "solid")]:
         assert list(data.STUFF27)[stuff[raw]] == group
 
 
@@ -600,9 +634,11 @@ def test_palette_has_vocs_colours_and_voc_its_21_classes():
     known = {0: (0, 0, 0), 1: (128, 0, 0), 2: (0, 128, 0), 3: (128, 128, 0), 4: (0, 0, 128), 8: (64, 0, 0),
              15: (192, 128, 128), 20: (0, 64, 128), 255: (224, 224, 192)}
     colours = data.palette()
-    assert colours.shape == (256, 3) and colours.dtype == np.uint8 and len(set(map(tuple, colours.tolist()))) == 256
+    assert (colours.shape == (256, 3) and colours.dtype == np.uint8
+            and len(set(map(tuple, colours.tolist()))) == 256)
     assert {i: tuple(colours[i].tolist()) for i in known} == known
-    assert len(data.VOC_NAMES) == 21 and [data.VOC_NAMES[i] for i in (1, 15, 20)] == ["aeroplane", "person", "tvmonitor"]
+    assert (len(data.VOC_NAMES) == 21
+            and [data.VOC_NAMES[i] for i in (1, 15, 20)] == ["aeroplane", "person", "tvmonitor"])
 
 
 # ---- layouts
@@ -611,19 +647,22 @@ def test_palette_has_vocs_colours_and_voc_its_21_classes():
 @pytest.mark.parametrize("below", ("VOCdevkit/VOC2012", "VOC2012", "."))
 def test_voc_loads_from_every_accepted_root(tmp_path, below):
     _voc(tmp_path / below, aug=True)
-    train, val, aug = (data.dataset(n, tmp_path, s) for n, s in (("voc", "train"), ("voc", "val"), ("voc-aug", "train")))
+    train, val, aug = (data.dataset(n, tmp_path, s)
+                       for n, s in (("voc", "train"), ("voc", "val"), ("voc-aug", "train")))
     assert (train.ids, val.ids) == (["2007_000000", "2007_000001"], ["2007_000002"])
     assert (len(aug), aug.split, len(data.dataset("voc-aug", tmp_path, "val"))) == (3, "train_aug", 1)
     assert train.image(1).shape == (10, 13, 3) and (train.label(1) == 1).all() and (aug.label(1) == 6).all()
-    assert (data.dataset("voc-aug", tmp_path, "val").label(0) == 2).all()         # validation has no augmented masks
+    assert (data.dataset("voc-aug", tmp_path, "val").label(0) == 2).all()         # val has no augmented masks
     train.limit(1)
     assert len(train) == len(train.images) == len(train.labels) == 1
 
 
 def test_each_missing_piece_of_voc_is_named_with_where_to_get_it(tmp_path):
-    _refused(lambda: data.VOC(tmp_path / "none"), tmp_path / "none/VOCdevkit/VOC2012", "--download voc --root")
+    _refused(lambda: data.VOC(tmp_path / "none"), tmp_path / "none/VOCdevkit/VOC2012",
+             "--download voc --root")
     (tmp_path / "empty").mkdir()
-    _refused(lambda: data.VOC(tmp_path / "empty"), tmp_path / "empty/ImageSets/Segmentation/train.txt", "--download voc")
+    _refused(lambda: data.VOC(tmp_path / "empty"), tmp_path / "empty/ImageSets/Segmentation/train.txt",
+             "--download voc")
     base = _voc(tmp_path / "VOC2012")
     _refused(lambda: data.VOC(tmp_path, aug=True), base / "ImageSets/Segmentation/train_aug.txt", "README")
     (base / "SegmentationClass").rename(base / "Masks")
@@ -648,17 +687,20 @@ def test_a_list_with_an_id_twice_or_none_or_no_text_is_named(tmp_path):
 def test_coco_samples_are_the_images_with_a_thing_pixel(tmp_path, images, labels):
     _coco(tmp_path, {"a": 0, "b": 90 - 1, "c": 91, "d": 255, "e": 181}, images, labels)
     mixed = np.full((8, 9), 105, np.uint8)
-    mixed[3, 4] = 16                                                              # one pixel of cat in the sky
+    mixed[3, 4] = 16                                      # one pixel of cat in the sky
     _save(tmp_path / labels / "e.png", mixed)
     coco80, stuff27 = (data.dataset(n, tmp_path, "train") for n in ("coco80", "cocostuff27"))
-    assert coco80.ids == stuff27.ids == ["a", "b", "e"] and len(coco80.names) == 81 and len(stuff27.names) == 27
+    assert (coco80.ids == stuff27.ids == ["a", "b", "e"]
+            and len(coco80.names) == 81 and len(stuff27.names) == 27)
     assert (coco80.things, coco80.stuff, coco80.background) == (80, 0, True)
     assert (stuff27.things, stuff27.stuff, stuff27.background) == (12, 15, False)
     assert coco80.names[coco80.label(2)[3, 4]] == "cat" and coco80.label(2)[0, 0] == 0
-    assert stuff27.names[stuff27.label(2)[3, 4]] == "animal" and stuff27.names[stuff27.label(2)[0, 0]] == "sky"
+    assert (stuff27.names[stuff27.label(2)[3, 4]] == "animal"
+            and stuff27.names[stuff27.label(2)[0, 0]] == "sky")
     _refused(lambda: data.COCO(tmp_path, "val"), "images/val2017", "--download coco80 --root")
     (tmp_path / labels).rename(tmp_path / "elsewhere")
-    _refused(lambda: data.COCO(tmp_path, "train", "cocostuff27"), "annotations/train2017", "--download cocostuff27")
+    _refused(lambda: data.COCO(tmp_path, "train", "cocostuff27"), "annotations/train2017",
+             "--download cocostuff27")
 
 
 def test_coco_without_images_or_things_is_named(tmp_path):
@@ -675,7 +717,7 @@ def test_the_list_of_coco_samples_is_kept_and_follows_the_images(tmp_path, monke
     real, reads = data.open_label, []
     monkeypatch.setattr(data, "open_label", lambda *args: reads.append(args) or real(*args))
     assert data.COCO(tmp_path, cache=tmp_path / "cache").ids == ["a", "c with space"] and not reads
-    _coco(tmp_path, {"d": 1})                                                     # another image: another list
+    _coco(tmp_path, {"d": 1})                             # another image: another list
     assert data.COCO(tmp_path, cache=tmp_path / "cache").ids == ["a", "c with space", "d"] and len(reads) == 4
 
 
@@ -700,19 +742,19 @@ def test_check_lists_every_problem_once(tmp_path):
     base = _voc(tmp_path, n=9)
     images, labels = data.VOC(tmp_path).images, data.VOC(tmp_path).labels
     assert data.check(data.VOC(tmp_path)) == []
-    images[0].write_bytes(b"no image")                                            # met by image and label: listed once
+    images[0].write_bytes(b"no image")                                            # met by both: listed once
     images[1].unlink()
     _save(labels[2], np.zeros((10, 13), np.uint8))                                # 14 x 10 is right
     _save(labels[3], np.full((10, 15), 21, np.uint8))
     _save(labels[4], ("RGB", (16, 10), (1, 1, 1)))
     labels[5].write_bytes(labels[5].read_bytes()[:30])
     _save(images[6], np.random.default_rng(0).integers(0, 256, (10, 18, 3), np.uint8))
-    images[6].write_bytes(images[6].read_bytes()[:-80])                           # its end is missing, and its label
+    images[6].write_bytes(images[6].read_bytes()[:-80])                           # its end and label missing
     labels[6].unlink()
     problems = data.check(data.VOC(tmp_path))
-    for file, reason in [(images[0], "no JPEG"), (images[1], "No such file"), (labels[2], "13 x 10, its image 14 x 10"),
-                         (labels[3], "21"), (labels[4], "RGB"), (labels[5], ""), (images[6], "truncated"),
-                         (labels[6], "No such file")]:
+    for file, reason in [(images[0], "no JPEG"), (images[1], "No such file"),
+                         (labels[2], "13 x 10, its image 14 x 10"), (labels[3], "21"), (labels[4], "RGB"),
+                         (labels[5], ""), (images[6], "truncated"), (labels[6], "No such file")]:
         assert len([p for p in problems if p.startswith(f"{file}: ") and reason in p]) == 1, (file, problems)
     assert len(problems) == 8 and not any("\n" in p for p in problems)
 
@@ -720,7 +762,8 @@ def test_check_lists_every_problem_once(tmp_path):
 def test_check_exits_with_0_for_a_good_set_and_2_for_a_broken_or_absent_one(tmp_path, monkeypatch, capsys):
     base = _voc(tmp_path / "VOC2012")
     done = _run("--check", "--data", "voc", "--root", tmp_path)
-    assert done.returncode == 0 and not done.stderr and "voc train: 2 images, 1464 published, 0 problems" in done.stdout
+    assert (done.returncode == 0 and not done.stderr
+            and "voc train: 2 images, 1464 published, 0 problems" in done.stdout)
     _save(base / "SegmentationClass/2007_000000.png", np.full((10, 12), 99, np.uint8))
     (base / "JPEGImages/2007_000002.jpg").unlink()
     done = _run("--check", "--data", "voc", "--root", tmp_path)
@@ -787,7 +830,8 @@ def test_images_of_every_mode_and_of_one_pixel_become_rgb(tmp_path, mode, suffix
             image.putpalette(data.palette().flatten().tolist())
         image.save(tmp_path / f"a.{suffix}")
         decoded = data.open_image(tmp_path / f"a.{suffix}")
-        assert decoded.shape == (height, width, 3) and decoded.dtype == np.uint8 and (decoded == expected).all()
+        assert (decoded.shape == (height, width, 3) and decoded.dtype == np.uint8
+                and (decoded == expected).all())
 
 
 def test_photographs_are_turned_as_their_exif_says_and_data_sets_are_not(tmp_path):
@@ -810,14 +854,15 @@ def test_photographs_are_turned_as_their_exif_says_and_data_sets_are_not(tmp_pat
 def test_damaged_files_are_named_as_images_and_as_labels(tmp_path):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40), np.uint8))
     whole = {"jpg": _bytes(noise, "JPEG"), "png": _bytes(noise, "PNG")}
-    broken = {"half.jpg": whole["jpg"][:len(whole["jpg"]) // 2], "half.png": whole["png"][:len(whole["png"]) // 2],
+    broken = {"half.jpg": whole["jpg"][:len(whole["jpg"]) // 2],
+              "half.png": whole["png"][:len(whole["png"]) // 2],
               "head.jpg": whole["jpg"][:20], "magic.jpg": b"\x00\x01" + whole["jpg"][2:], "zero.png": b"",
               "text.jpg": b"<html>\n" * 99, "nul.png": bytes(5000)}
     for name, content in broken.items():
         (tmp_path / name).write_bytes(content)
         for read in (data.open_image, data.open_label):
             _refused(lambda: read(tmp_path / name), tmp_path / name)
-    (tmp_path / "really_a_png.jpg").write_bytes(whole["png"])                     # a wrong suffix alone is harmless
+    (tmp_path / "really_a_png.jpg").write_bytes(whole["png"])                     # a wrong suffix is harmless
     assert (data.open_image(tmp_path / "really_a_png.jpg")[..., 0] == np.asarray(noise)).all()
 
 
@@ -828,14 +873,15 @@ def test_folders_links_and_unreadable_files_are_named(tmp_path, monkeypatch):
     secret = _save(tmp_path / "secret.png", ("L", (3, 3), 1))
     real = builtins.open
 
-    def guarded(file, *args, **kwargs):                   # a superuser may read everything, so permissions are acted
+    def guarded(file, *args, **kwargs):                   # a superuser may read all: permissions are acted
         if str(file) == str(secret):
             raise PermissionError(13, "Permission denied", str(file))
         return real(file, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "open", guarded)
-    for name, reason in (("folder.jpg", "not a file"), ("loop.jpg", "symbolic links"), ("dangling.jpg", "No such file"),
-                         ("secret.png", "Permission denied"), ("nul\0.jpg", "null")):
+    for name, reason in (("folder.jpg", "not a file"), ("loop.jpg", "symbolic links"),
+                         ("dangling.jpg", "No such file"), ("secret.png", "Permission denied"),
+                         ("nul\0.jpg", "null")):
         for read in (data.open_image, data.open_label):
             _refused(lambda: read(tmp_path / name), tmp_path / name, reason)
 
@@ -845,7 +891,8 @@ def test_a_pipe_named_like_an_image_is_refused_without_waiting(tmp_path):
     messages = []
 
     def read():
-        for call in (lambda: data.open_image(tmp_path / "pipe.jpg"), lambda: data.open_label(tmp_path / "pipe.jpg"),
+        for call in (lambda: data.open_image(tmp_path / "pipe.jpg"),
+                     lambda: data.open_label(tmp_path / "pipe.jpg"),
                      lambda: data.Folder(tmp_path).image(0)):
             messages.append(_refused(call, tmp_path / "pipe.jpg", "not a file"))
 
@@ -869,7 +916,8 @@ def test_postscript_named_like_an_image_is_not_run(tmp_path, monkeypatch):
     runs = []
     ghostscript = lambda *args, **kwargs: runs.append(args) or Image.core.new("RGB", (9, 9))
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", ghostscript)
-    (tmp_path / "a.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n{} loop\n%%EOF\n")
+    (tmp_path / "a.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"
+                                     b"{} loop\n%%EOF\n")
     with Image.open(tmp_path / "a.jpg") as image:
         assert image.convert("RGB") and len(runs) == 1                            # Pillow by itself would
     _refused(lambda: data.open_image(tmp_path / "a.jpg"), "a.jpg")
@@ -892,14 +940,16 @@ import numpy as np
 import data
 count = {"decoded": 0, "refused": 0}
 for file in sorted(Path(sys.argv[1]).iterdir()):
-    for read, ndim in ((data.open_image, 3), (lambda f: data.open_image(f, upright=True), 3), (data.open_label, 2)):
+    for read, ndim in ((data.open_image, 3), (lambda f: data.open_image(f, upright=True), 3),
+                       (data.open_label, 2)):
         try:
             array = read(file)
         except data.DataError as error:
             assert str(error).startswith(f"{file}: ") and "\\n" not in str(error)
             count["refused"] += 1
         else:
-            assert array.dtype == np.uint8 and array.ndim == ndim and array.size and (ndim == 2 or array.shape[2] == 3)
+            assert (array.dtype == np.uint8 and array.ndim == ndim and array.size
+                    and (ndim == 2 or array.shape[2] == 3))
             count["decoded"] += 1
 print(count["decoded"], count["refused"])
 """
@@ -910,8 +960,9 @@ def test_mutated_files_decode_or_are_refused_and_never_warn_or_hang(tmp_path):
     photo, exif = Image.fromarray(rng.integers(0, 256, (12, 12, 3), np.uint8)).resize((48, 40)), Image.Exif()
     exif[0x112], exif[0x10F] = 6, "camera"
     transparent = photo.quantize(16)
-    transparent.info["transparency"] = bytes(range(0, 160, 10))                   # Pillow warns of such a palette
-    whole = {"exif.jpg": _bytes(photo, "JPEG", exif=exif), "progressive.jpg": _bytes(photo, "JPEG", progressive=True),
+    transparent.info["transparency"] = bytes(range(0, 160, 10))                   # Pillow warns of this
+    whole = {"exif.jpg": _bytes(photo, "JPEG", exif=exif),
+             "progressive.jpg": _bytes(photo, "JPEG", progressive=True),
              "cmyk.jpg": _bytes(photo.convert("CMYK"), "JPEG"), "exif.png": _bytes(photo, "PNG", exif=exif),
              "grey.png": _bytes(photo.convert("L"), "PNG"), "palette.png": _bytes(transparent, "PNG")}
     for name, content in whole.items():
@@ -948,7 +999,7 @@ def test_a_folder_gives_its_images_sorted_and_those_of_its_subfolders_but_not_of
     _save(tmp_path / "other/f.png", ("RGB", (4, 3), (1, 2, 3)))
     (root / "link").symlink_to(tmp_path / "other")
     (root / "sub" / "up").symlink_to("..")                                        # would never end
-    (root / "g.png").symlink_to(tmp_path / "other/f.png")                         # a link to a file is one more image
+    (root / "g.png").symlink_to(tmp_path / "other/f.png")                         # a linked file is an image
     found = data.Folder(root, n_classes=3)
     assert found.ids == ["a", "b", "g", "Sub2/d", "sub/a", "sub/e", "sub/z/c"] and len(found) == 7
     assert [found.image(i).shape for i in range(7)] == [(3, 4, 3)] * 7
@@ -976,16 +1027,17 @@ def test_images_whose_predictions_would_have_one_name_are_named(tmp_path):
     (tmp_path / "a.jpg").unlink()
     _refused(lambda: data.Folder(tmp_path), tmp_path / "sub/a.png", tmp_path / "sub/a.jpg")
     (tmp_path / "sub/a.jpg").unlink()
-    assert data.Folder(tmp_path).ids == ["a", "sub/a", "sub/b"]                   # in different folders both are kept
+    assert data.Folder(tmp_path).ids == ["a", "sub/a", "sub/b"]                   # in two folders: both kept
 
 
 def test_bad_files_of_a_folder_are_kept_and_named_not_dropped(tmp_path):
     _save(tmp_path / "a.png", ("RGB", (4, 3), (1, 2, 3)))
-    (tmp_path / "b.jpg").mkdir()                                                  # a folder named like an image
+    (tmp_path / "b.jpg").mkdir()                          # a folder named like an image
     (tmp_path / "c.jpg").symlink_to("nowhere")
     (tmp_path / "d.jpg").write_bytes(b"")
     problems = data.check(data.Folder(tmp_path))
-    assert len(problems) == 3 and all(str(tmp_path / n) in p for n, p in zip(("b.jpg", "c.jpg", "d.jpg"), problems))
+    assert (len(problems) == 3
+            and all(str(tmp_path / n) in p for n, p in zip(("b.jpg", "c.jpg", "d.jpg"), problems)))
 
 
 def test_a_subfolder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
@@ -1018,30 +1070,33 @@ def test_squash_is_interpolation_without_antialiasing_and_keeps_the_values_of_la
     rows, columns = (np.floor(np.arange(size) * n / size).astype(int) for n in label.shape)
     squashed = data.squash(label, size, "nearest")
     assert squashed.dtype == np.uint8 and (squashed == label[rows][:, columns]).all()
-    assert (data.squash(image[:, ::-1], size) == data.squash(np.ascontiguousarray(image[:, ::-1]), size)).all()
+    assert (data.squash(image[:, ::-1], size)
+            == data.squash(np.ascontiguousarray(image[:, ::-1]), size)).all()
 
 
 def _pattern(S, patch):
     """Image, CAM, label: a plane 0.1 + 0.5 x + 0.3 y, the patch means of it, and its contour bands."""
     y, x = torch.meshgrid(*[(torch.arange(S, dtype=torch.float64) + 0.5) / S] * 2, indexing="ij")
     plane = 0.1 + 0.5 * x + 0.3 * y
-    return plane.expand(1, 3, S, S), F.avg_pool2d(plane[None, None], patch), (plane[None] * 40).floor().to(torch.uint8)
+    return (plane.expand(1, 3, S, S), F.avg_pool2d(plane[None, None], patch),
+            (plane[None] * 40).floor().to(torch.uint8))
 
 
 def test_crop_moves_image_cam_and_label_together():
     S, patch, size = 64, 8, 32
     image, cam, label = _pattern(S, patch)
-    for scale, y, x, flip in ((0.5, 0.25, 0.25, 0), (0.5, 0.25, 0.25, 1), (0.4, 0.1, 0.45, 0), (0.4, 0.45, 0.1, 1),
-                              (0.8, 0.08, 0.1, 1)):
+    for scale, y, x, flip in ((0.5, 0.25, 0.25, 0), (0.5, 0.25, 0.25, 1), (0.4, 0.1, 0.45, 0),
+                              (0.4, 0.45, 0.1, 1), (0.8, 0.08, 0.1, 1)):
         draws = torch.tensor([[scale, y, x, flip, 1, 1, 1, 0, 0, 0]], dtype=torch.float64)
         cut, maps, mask = data.crop(image, cam, draws, size, patch, label)
-        assert cut.shape == (1, 3, size, size) and maps.shape == (1, 1, 4, 4) and mask.shape == (1, size, size)
-        along = (torch.arange(size, dtype=torch.float64) + 0.5) / size            # the place of each pixel in the crop
+        assert (cut.shape == (1, 3, size, size) and maps.shape == (1, 1, 4, 4)
+                and mask.shape == (1, size, size))
+        along = (torch.arange(size, dtype=torch.float64) + 0.5) / size            # pixels' places in the crop
         across = 1 - along if flip else along
         place = 0.1 + 0.5 * (x + scale * across)[None, :] + 0.3 * (y + scale * along)[:, None]
         assert (cut[0] - place).abs().max() < 1e-6
         assert (maps - F.avg_pool2d(cut[:, :1], patch)).abs().max() < 1e-6        # still the patch means
-        bands = cut[0, 0] * 40                                                    # still its bands, up to half a pixel
+        bands = cut[0, 0] * 40                                                    # its bands, to half a pixel
         assert ((mask[0] - 0.26 <= bands) & (bands <= mask[0] + 1.26)).all() and mask.unique().numel() > 5
         assert mask.dtype == label.dtype
 
@@ -1051,13 +1106,15 @@ def test_a_crop_of_everything_changes_nothing_and_flip_mirrors():
     label = torch.randint(0, 256, (2, 16, 16), dtype=torch.uint8)
     draws = torch.tensor([[1.0, 0, 0, 0, 1, 1, 1, 0, 0, 0], [1.0, 0, 0, 1, 1, 1, 1, 0, 0, 0]])
     cut, maps, mask = data.crop(image, cam, draws, 16, 4, label)
-    assert torch.allclose(cut[0], image[0], atol=1e-5) and torch.allclose(cut[1], image[1].flip(-1), atol=1e-5)
+    assert (torch.allclose(cut[0], image[0], atol=1e-5)
+            and torch.allclose(cut[1], image[1].flip(-1), atol=1e-5))
     assert (mask[0] == label[0]).all() and (mask[1] == label[1].flip(-1)).all()
     unflipped = data.crop(image.flip(-1), cam.flip(-1), draws[:1].expand(2, -1), 16, 4)
     assert torch.allclose(maps[1], unflipped[1][1], atol=1e-5) and unflipped[2] is None
     for i in range(2):                                    # and a batch is its samples
         alone = data.crop(image[i:i + 1], cam[i:i + 1], draws[i:i + 1], 16, 4)
-        assert torch.allclose(alone[0][0], cut[i], atol=1e-6) and torch.allclose(alone[1][0], maps[i], atol=1e-6)
+        assert (torch.allclose(alone[0][0], cut[i], atol=1e-6)
+                and torch.allclose(alone[1][0], maps[i], atol=1e-6))
 
 
 def test_draws_depend_on_seed_epoch_and_sample_alone():
@@ -1072,7 +1129,8 @@ def test_draws_depend_on_seed_epoch_and_sample_alone():
 def test_weaker_jitter_scales_the_same_draws():
     for sample in range(50):
         full, half = data.draw(0, 1, sample), data.draw(0, 1, sample, (0.4, 0.4, 0.4, 0.1))
-        assert np.allclose(half[4:7] - 1, (full[4:7] - 1) / 2, atol=1e-6) and np.isclose(half[7], full[7] / 2, atol=1e-6)
+        assert (np.allclose(half[4:7] - 1, (full[4:7] - 1) / 2, atol=1e-6)
+                and np.isclose(half[7], full[7] / 2, atol=1e-6))
         assert (half[[0, 1, 2, 3, 8, 9]] == full[[0, 1, 2, 3, 8, 9]]).all()
 
 
@@ -1082,8 +1140,9 @@ def test_draws_have_transfgus_ranges_and_probabilities():
     jitter, jittered = np.stack(jitter), jitter[0] != 1
     assert 0.4 <= scale.min() < 0.41 and 0.99 < scale.max() <= 1
     for edge in (x, y):
-        share = edge / (1 - scale)                                                # uniform over where the square fits
-        assert edge.min() >= 0 and (edge + scale).max() <= 1 + 1e-6 and abs(share[scale < 0.99].mean() - 0.5) < 0.02
+        share = edge / (1 - scale)                        # uniform over where the square fits
+        assert (edge.min() >= 0 and (edge + scale).max() <= 1 + 1e-6
+                and abs(share[scale < 0.99].mean() - 0.5) < 0.02)
     assert abs(np.corrcoef(x / (1 - scale), y / (1 - scale))[0, 1]) < 0.05
     assert set(flip) == set(grey) == {0, 1}
     for share, probability in ((flip, 0.5), (jittered, 0.3), (grey, 0.2), (sigma > 0, 0.2)):
@@ -1121,7 +1180,7 @@ def test_brightness_contrast_saturation_and_grey_are_those_of_the_textbook():
     mean = luma.mean((1, 2, 3), keepdim=True)
     assert torch.allclose(_augmented(image, contrast=0.5), (image + mean) / 2, atol=1e-6)
     assert torch.allclose(_augmented(image, saturation=0.5), (image + luma) / 2, atol=1e-6)
-    stark = (image - 0.3) * 2.5                           # from 0 to 1: contrast leaves the range and is cut there
+    stark = (image - 0.3) * 2.5                           # 0 to 1: contrast leaves the range and is cut there
     mean = _augmented(stark, grey=1)[:, :1].mean((1, 2, 3), keepdim=True)
     cut = ((stark - mean) * 1.8 + mean).clamp(0, 1)
     assert torch.allclose(_augmented(stark, contrast=1.8, grey=1), _augmented(cut, grey=1), atol=1e-6)
@@ -1130,7 +1189,8 @@ def test_brightness_contrast_saturation_and_grey_are_those_of_the_textbook():
 
 
 def test_a_third_turn_of_hue_moves_red_to_green_to_blue_and_leaves_grey():
-    red, green, blue, grey = torch.eye(3).view(3, 3, 1, 1).expand(3, 3, 4, 4).split(1) + (torch.full((1, 3, 4, 4), 0.4),)
+    red, green, blue = torch.eye(3).view(3, 3, 1, 1).expand(3, 3, 4, 4).split(1)
+    grey = torch.full((1, 3, 4, 4), 0.4)
     for before, after in ((red, green), (green, blue), (blue, red), (grey, grey)):
         assert torch.allclose(_augmented(before, hue=1 / 3), after, atol=1e-6)
         assert torch.allclose(_augmented(before, hue=0), before, atol=1e-6)
@@ -1140,13 +1200,15 @@ def test_a_third_turn_of_hue_moves_red_to_green_to_blue_and_leaves_grey():
 @pytest.mark.parametrize("sigma", (1.0, 1.7))
 def test_blur_is_a_3_by_3_gaussian_with_mirrored_edges(sigma):
     image = torch.rand(1, 3, 5, 6)
-    weight = {(dy, dx): np.exp(-(dy * dy + dx * dx) / (2 * sigma * sigma)) for dy in (-1, 0, 1) for dx in (-1, 0, 1)}
+    weight = {(dy, dx): np.exp(-(dy * dy + dx * dx) / (2 * sigma * sigma))
+              for dy in (-1, 0, 1) for dx in (-1, 0, 1)}
     mirror = lambda i, n: -i if i < 0 else 2 * n - 2 - i if i >= n else i
     expected = torch.zeros_like(image)
     for y in range(5):
         for x in range(6):
             for (dy, dx), w in weight.items():
-                expected[..., y, x] += w / sum(weight.values()) * image[..., mirror(y + dy, 5), mirror(x + dx, 6)]
+                expected[..., y, x] += (w / sum(weight.values())
+                                        * image[..., mirror(y + dy, 5), mirror(x + dx, 6)])
     assert torch.allclose(_augmented(image, sigma=sigma), expected, atol=1e-6)
 
 
@@ -1154,7 +1216,7 @@ def test_blur_is_a_3_by_3_gaussian_with_mirrored_edges(sigma):
 
 
 class _Host(http.server.BaseHTTPRequestHandler):
-    """Serves server.files {path: bytes}; `breaks`: paths cut off in the middle, once; `ranges`: it can go on."""
+    """Serves server.files {path: bytes}; `breaks`: paths cut off midway, once; `ranges`: it can go on."""
 
     def do_GET(self):
         server, name, wanted = self.server, self.path.split("?")[0], self.headers.get("Range")
@@ -1214,11 +1276,13 @@ def test_a_broken_transfer_goes_on_where_it_stopped_if_the_host_can(host, tmp_pa
     body = np.random.default_rng(0).bytes(3_000_001)
     host.files["/a.tar"], host.ranges = body, ranges
     host.breaks.add("/a.tar")
-    _refused(lambda: data.fetch(f"{host.url}/a.tar", tmp_path / "a.tar"), f"{host.url}/a.tar", "1500000 of 3000001")
+    _refused(lambda: data.fetch(f"{host.url}/a.tar", tmp_path / "a.tar"), f"{host.url}/a.tar",
+             "1500000 of 3000001")
     assert not (tmp_path / "a.tar").exists() and (tmp_path / "a.tar.part").read_bytes() == body[:1_500_000]
     digest = data.fetch(f"{host.url}/a.tar", tmp_path / "a.tar", hashlib.md5(body).hexdigest())
     assert digest == hashlib.md5(body).hexdigest() and (tmp_path / "a.tar").read_bytes() == body
-    assert host.seen == [("/a.tar", None), ("/a.tar", "bytes=1500000-")] and not (tmp_path / "a.tar.part").exists()
+    assert (host.seen == [("/a.tar", None), ("/a.tar", "bytes=1500000-")]
+            and not (tmp_path / "a.tar.part").exists())
 
 
 def test_a_part_that_is_complete_is_taken_and_one_that_is_too_long_is_removed(host, tmp_path):
@@ -1245,8 +1309,10 @@ def test_a_host_that_cannot_be_used_is_one_line(host, tmp_path):
         free.bind(("127.0.0.1", 0))                       # taken, but nobody listens
         url = f"http://127.0.0.1:{free.getsockname()[1]}/a.tar"
         _refused(lambda: data.fetch(url, tmp_path / "a.tar"), url, "refused", "--url")
-    _refused(lambda: data.fetch(f"{host.url}/none.tar", tmp_path / "a.tar"), f"{host.url}/none.tar", "404", "--url")
-    for url in ("http://127.0.0.1:port/a.tar", "a.tar", "http://127.0.0.1:1\u00e4/a.tar", "gopher://127.0.0.1/a.tar"):
+    _refused(lambda: data.fetch(f"{host.url}/none.tar", tmp_path / "a.tar"), f"{host.url}/none.tar",
+             "404", "--url")
+    for url in ("http://127.0.0.1:port/a.tar", "a.tar", "http://127.0.0.1:1\u00e4/a.tar",
+                "gopher://127.0.0.1/a.tar"):
         _refused(lambda: data.fetch(url, tmp_path / "a.tar"), url, "--url")
     broken_off = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nab"
     for answer in (b"hello\r\n\r\n", broken_off):
@@ -1269,7 +1335,8 @@ def test_archives_are_unpacked_and_damaged_ones_named(tmp_path, kind):
     whole, file = _archive(kind, {"VOC/a.txt": b"one", "VOC/b/c.bin": noise}), tmp_path / "archive"
     file.write_bytes(whole)
     data.unpack(file, tmp_path / "out")
-    assert (tmp_path / "out/VOC/a.txt").read_bytes() == b"one" and (tmp_path / "out/VOC/b/c.bin").read_bytes() == noise
+    assert ((tmp_path / "out/VOC/a.txt").read_bytes() == b"one"
+            and (tmp_path / "out/VOC/b/c.bin").read_bytes() == noise)
     for damaged in [whole[:len(whole) // 2], b"", b"<html>moved</html>"]:
         file.write_bytes(damaged)
         _refused(lambda: data.unpack(file, tmp_path / "out"), file, "cannot unpack")
@@ -1280,9 +1347,10 @@ def test_archives_are_unpacked_and_damaged_ones_named(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind, files", (
-    ("tar", {"../evil": b"!"}), ("tar", {"a/../../evil": b"!"}), ("tar", {"up": ("link", ".."), "up/evil": b"!"}),
-    ("tar", {"up": ("link", "/etc")}), ("zip", {"good": b"1", "../evil": b"!"}),
-    ("zip", {"good": b"1", "a/../../evil": b"!"}), ("zip", {"good": b"1", "/evil": b"!"})))
+    ("tar", {"../evil": b"!"}), ("tar", {"a/../../evil": b"!"}),
+    ("tar", {"up": ("link", ".."), "up/evil": b"!"}), ("tar", {"up": ("link", "/etc")}),
+    ("zip", {"good": b"1", "../evil": b"!"}), ("zip", {"good": b"1", "a/../../evil": b"!"}),
+    ("zip", {"good": b"1", "/evil": b"!"})))
 def test_an_archive_that_leads_out_of_its_folder_is_refused(tmp_path, kind, files):
     (tmp_path / "archive").write_bytes(_archive(kind, files))
     _refused(lambda: data.unpack(tmp_path / "archive", tmp_path / "out"), tmp_path / "archive")
@@ -1307,32 +1375,37 @@ def test_a_mirror_of_a_published_file_must_have_its_md5(host, tmp_path, monkeypa
     address, published, _ = data.FILES["voc"][0]
     name = address.rsplit("/", 1)[1]
     host.files[f"/mirror/{name}"] = body = _voc_tar(tmp_path)
-    _refused(lambda: data.download("voc", tmp_path / "root", f"{host.url}/mirror/{name}"), published, "removed")
+    _refused(lambda: data.download("voc", tmp_path / "root", f"{host.url}/mirror/{name}"), published,
+             "removed")
     assert not list((tmp_path / "root").iterdir())
     (tmp_path / "root" / name).write_bytes(body)          # nor is a file that lies there already believed
     _refused(lambda: data.download("voc", tmp_path / "root"), tmp_path / "root" / name, published)
     assert (tmp_path / "root" / name).read_bytes() == body and len(host.seen) == 1
-    monkeypatch.setitem(data.FILES, "voc", [(f"{host.url}/mirror/{name}", hashlib.md5(body).hexdigest(), ".")])
+    monkeypatch.setitem(data.FILES, "voc",
+                        [(f"{host.url}/mirror/{name}", hashlib.md5(body).hexdigest(), ".")])
     data.download("voc", tmp_path / "root")               # the right MD5: unpacked without another request
-    assert "as published" in capsys.readouterr().out and len(host.seen) == 1 and len(data.VOC(tmp_path / "root")) == 2
+    assert ("as published" in capsys.readouterr().out and len(host.seen) == 1
+            and len(data.VOC(tmp_path / "root")) == 2)
 
 
 def test_coco_comes_in_three_archives_and_each_can_have_another_address(host, tmp_path, monkeypatch):
     made = _coco(tmp_path / "made", {"a": 3, "b": 120})
-    jpg, png = ({f.name: f.read_bytes() for f in (made / d / "train2017").iterdir()} for d in ("images", "annotations"))
+    jpg, png = ({f.name: f.read_bytes() for f in (made / d / "train2017").iterdir()}
+                for d in ("images", "annotations"))
     for split in ("train2017", "val2017"):
         host.files[f"/{split}.zip"] = _archive("zip", {f"{split}/{name}": jpg[name] for name in jpg})
     maps = {f"{split}/{name}": png[name] for split in ("train2017", "val2017") for name in png}
     host.files["/stuffthingmaps_trainval2017.zip"] = _archive("zip", maps)
     published = data.FILES["coco80"]
     assert ["/" + address.rsplit("/", 1)[1] for address, _, _ in published] == list(host.files)
-    _refused(lambda: data.download("coco80", tmp_path / "root", f"{host.url}/x.zip"), "which file", "train2017.zip")
+    _refused(lambda: data.download("coco80", tmp_path / "root", f"{host.url}/x.zip"), "which file",
+             "train2017.zip")
     data.download("coco80", tmp_path / "root", f"{host.url}/stuffthingmaps_trainval2017.zip")
     assert host.seen == [("/stuffthingmaps_trainval2017.zip", None)]
     moved = [(host.url + name, None, below) for name, (_, _, below) in zip(host.files, published)]
     monkeypatch.setitem(data.FILES, "coco80", moved)
     data.download("coco80", tmp_path / "root")
-    assert [n for n, _ in host.seen[1:]] == ["/train2017.zip", "/val2017.zip"]    # what is there is not fetched again
+    assert [n for n, _ in host.seen[1:]] == ["/train2017.zip", "/val2017.zip"]    # the rest is there already
     assert [data.COCO(tmp_path / "root", split).ids for split in ("train", "val")] == [["a"], ["a"]]
 
 
@@ -1358,7 +1431,8 @@ def test_hungarian_finds_the_best_of_all_assignments():
         c = np.random.default_rng(seed).integers(0, 50, (5, 5))
         best = max(permutations(range(5)), key=lambda a: sum(c[a[k], k] for k in range(5)))
         found = evaluation.hungarian(c)
-        assert sorted(found) == list(range(5)) and sum(c[found[k], k] for k in range(5)) == sum(c[best[k], k] for k in range(5))
+        assert (sorted(found) == list(range(5))
+                and sum(c[found[k], k] for k in range(5)) == sum(c[best[k], k] for k in range(5)))
 
 
 def test_miou_is_unchanged_by_permuting_clusters():
@@ -1398,7 +1472,8 @@ def test_groups_of_any_number_of_processes_cover_all_images_once():
 
 def test_teacher_age_is_transfgus_counter_and_emas_epochs_since_the_start():
     args = train.parse(["--data", "voc", "--teacher", "reset"])
-    assert train.replacements(100, 5, [5, 5, 5, 5, 4, 4, 4, 4, 4, 3])[:10] == [5, 10, 15, 20, 25, 30, 35, 40, 44, 48]
+    assert (train.replacements(100, 5, [5, 5, 5, 5, 4, 4, 4, 4, 4, 3])[:10]
+            == [5, 10, 15, 20, 25, 30, 35, 40, 44, 48])
     assert [train.teacher_age(args, e) for e in range(1, 13)] == [None] * 5 + [0, 1, 2, 3, 4, 0, 1]
     args = train.parse(["--data", "voc"])
     assert [train.teacher_age(args, e) for e in (1, 5, 6, 7)] == [None, None, 0, 1]
@@ -1407,28 +1482,36 @@ def test_teacher_age_is_transfgus_counter_and_emas_epochs_since_the_start():
 
 
 def test_presets_are_the_rows_of_the_tables():
-    dmsa, transfgu, released = (train.parse(["--data", "voc", "--preset", p]) for p in ("dmsa", "transfgu", "released"))
-    assert (dmsa.aspp, dmsa.par, dmsa.teacher, dmsa.teacher_weight, dmsa.lambdas) == ("dynamic", [1, 2, 4, 8], "ema", 0.7, [0.3, 1, 0.3, 1])
-    assert (transfgu.aspp, transfgu.par, transfgu.teacher, transfgu.teacher_weight, transfgu.lambdas[0]) == ("none", [], "reset", 0.5, 0)
-    assert (released.aspp, released.par, released.teacher, released.teacher_weight, released.lambdas[0]) == ("none", [], "reset", 0.7, 0.3)
-    assert train.parse(["--preset", "released", "--static-aspp"]).aspp == "static"       # an option goes before the preset
+    dmsa, transfgu, released = (train.parse(["--data", "voc", "--preset", p])
+                                for p in ("dmsa", "transfgu", "released"))
+    assert (dmsa.aspp, dmsa.par, dmsa.teacher, dmsa.teacher_weight, dmsa.lambdas) == (
+        "dynamic", [1, 2, 4, 8], "ema", 0.7, [0.3, 1, 0.3, 1])
+    assert (transfgu.aspp, transfgu.par, transfgu.teacher, transfgu.teacher_weight, transfgu.lambdas[0]) == (
+        "none", [], "reset", 0.5, 0)
+    assert (released.aspp, released.par, released.teacher, released.teacher_weight, released.lambdas[0]) == (
+        "none", [], "reset", 0.7, 0.3)
+    # an option goes before the preset
+    assert train.parse(["--preset", "released", "--static-aspp"]).aspp == "static"
 
 
 # ----------------------------------------------------------------------------
 # train.py as a program: processes, resuming, signals. Tiny runs on the CPU with gloo.
 
-RUN = ["--limit", "24", "--epochs", "3", "--batch", "6", "--size", "64", "--teacher-start", "1", "--device", "cpu"]
+RUN = ["--limit", "24", "--epochs", "3", "--batch", "6", "--size", "64", "--teacher-start", "1",
+       "--device", "cpu"]
 
 
 def program(name, *args, world=1, env=None, wait=True, cwd=HERE):
-    """Start `world` processes of a program of this repository; returns [(exit code, output)] or the processes."""
+    """Start `world` processes of a program here; returns [(exit code, output)] or the processes."""
     port = str(20_000 + (os.getpid() * 7 + int(time.time() * 1000)) % 20_000)
     started = []
     for rank in range(world):
         variables = dict(os.environ, OMP_NUM_THREADS="1", **(env or {}))
         if world > 1:
-            variables |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-        started.append(subprocess.Popen([sys.executable, str(HERE / name), *map(str, args)], cwd=cwd, env=variables, text=True,
+            variables |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
+                              MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        started.append(subprocess.Popen([sys.executable, str(HERE / name), *map(str, args)], cwd=cwd,
+                                        env=variables, text=True,
                                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
     return [(p.wait(timeout=300), p.stdout.read()) for p in started] if wait else started
 
@@ -1441,7 +1524,8 @@ def train_run(folder, *extra, world=1):
 
 def log_values(run):
     timing = {"images_per_s", "data_wait", "peak_gb"}
-    return [{k: v for k, v in json.loads(line).items() if k not in timing} for line in (run / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in json.loads(line).items() if k not in timing}
+            for line in (run / "log.jsonl").read_text().splitlines()]
 
 
 def same(a, b):
@@ -1470,13 +1554,15 @@ def test_a_run_writes_its_files_and_logs_every_key(uninterrupted):
     assert all({"miou", "accuracy", "clusters", "entropy", "cam_miou"} <= r.keys() for r in log[3::4])
     assert [r["rates"] for r in log[::4]] == [[1, 1, 2, 3], [1, 1, 3, 5], [1, 1, 2, 3]]
     for r in log:
-        assert r["all"] == pytest.approx(sum(w * r[k] for w, k in zip(checkpoint["args"]["lambdas"], ("seg", "ce", "un", "cls"))), abs=1e-5)
+        assert r["all"] == pytest.approx(
+            sum(w * r[k] for w, k in zip(checkpoint["args"]["lambdas"], ("seg", "ce", "un", "cls"))),
+            abs=1e-5)
     assert checkpoint["epoch"] == 3 and checkpoint["rates"] == [1, 1, 2, 3]
 
 
 @pytest.mark.parametrize("world, accumulate", [(2, 1), (3, 2), (1, 3)])
 def test_any_number_of_processes_and_parts_gives_the_same_run(uninterrupted, tmp_path, world, accumulate):
-    """Caches bitwise; losses and weights up to the order of float32 sums, which Adam's division can enlarge."""
+    """Caches bitwise; losses and weights up to float32 summation order, which Adam's division can enlarge."""
     folder, checkpoint, log = uninterrupted
     other, other_log = train_run(tmp_path, "--accumulate", str(accumulate), world=world)
     caches = sorted(p.name for p in (folder / "cache").iterdir())
@@ -1501,7 +1587,8 @@ def test_an_interrupted_run_ends_bitwise_as_the_uninterrupted_one(uninterrupted,
     run = tmp_path / "cut" / "run"
     started = program("train.py", *RUN, "--out", run, world=world, wait=False)
     end = time.time() + 120
-    while time.time() < end and not ((run / "log.jsonl").exists() and len((run / "log.jsonl").read_text().splitlines()) >= 5):
+    while time.time() < end and not ((run / "log.jsonl").exists()
+                                     and len((run / "log.jsonl").read_text().splitlines()) >= 5):
         time.sleep(0.002)
     started[-1].send_signal(kill)                         # one process is told; all have to leave
     codes = [p.wait(timeout=60) for p in started]
@@ -1534,7 +1621,8 @@ def test_scores_do_not_depend_on_how_the_images_are_shared(uninterrupted):
     labels = np.stack([data.squash(source.label(i), 64, "nearest") for i in range(37)])
     whole = evaluation.evaluate(network, images, labels, (1, 1, 2, 3))
     for world in (2, 3):
-        parts = [evaluation.evaluate(network, images, labels, (1, 1, 2, 3), rank=r, world=world) for r in range(world)]
+        parts = [evaluation.evaluate(network, images, labels, (1, 1, 2, 3), rank=r, world=world)
+                 for r in range(world)]
         assert torch.equal(sum(parts), whole)
     assert whole.sum() == labels.size
 
@@ -1566,7 +1654,8 @@ def test_what_is_not_finite_is_named():
     head = model.Head(16, 3)
     gradients = [torch.zeros_like(p) for p in head.parameters()]
     assert train.not_finite({"seg": 1.0, "ce": 2.0}, gradients, head) == ""
-    assert train.not_finite({"seg": float("nan"), "ce": float("inf"), "un": 0.0}, gradients, head) == "seg, ce"
+    assert (train.not_finite({"seg": float("nan"), "ce": float("inf"), "un": 0.0}, gradients, head)
+            == "seg, ce")
     gradients[0][0] = float("inf")
     assert train.not_finite({"seg": 1.0}, gradients, head).startswith("gradient of aspp")
 
@@ -1579,15 +1668,17 @@ def test_a_run_with_bad_numbers_stops_on_all_processes_and_keeps_its_checkpoint(
     torch.save(state, tmp_path / "run" / "last.pt")
     before = (tmp_path / "run" / "last.pt").read_bytes()
     ended = program("train.py", *RUN[:3], "4", *RUN[4:], "--out", tmp_path / "run", world=2)
-    assert [code for code, _ in ended] == [1, 1] and all("step 13" in text and "seg" in text and "samples" in text for _, text in ended), ended
+    assert ([code for code, _ in ended] == [1, 1]
+            and all("step 13" in text and "seg" in text and "samples" in text for _, text in ended)), ended
     assert (tmp_path / "run" / "last.pt").read_bytes() == before
 
 
 @pytest.mark.parametrize("args, message", [
     (["--data", "voc", "--root", "nowhere"], "nowhere/VOCdevkit/VOC2012: no such folder"),
     (["--weights", "none.pt"], "none.pt"), (["--batch", "7", "--accumulate", "2"], "not divisible"),
-    (["--batch", "4096"], "larger than an epoch"), (["--epochs", "0"], "at least 1"), (["--backbone", "resnet"], "invalid choice"),
-    (["--size", "100"], "multiple of"), (["--momentum", "1.5"], "between 0 and 1"), (["--out", "/proc/nowhere"], "cannot write there"),
+    (["--batch", "4096"], "larger than an epoch"), (["--epochs", "0"], "at least 1"),
+    (["--backbone", "resnet"], "invalid choice"), (["--size", "100"], "multiple of"),
+    (["--momentum", "1.5"], "between 0 and 1"), (["--out", "/proc/nowhere"], "cannot write there"),
     (["--device", "cuda"], "no GPU" if not torch.cuda.is_available() else "")])
 def test_what_a_user_got_wrong_is_one_line_and_exit_code_2(tmp_path, args, message):
     out = [] if "--out" in args else ["--out", tmp_path / "run"]
@@ -1599,7 +1690,8 @@ def test_what_a_user_got_wrong_is_one_line_and_exit_code_2(tmp_path, args, messa
 def test_a_process_that_fails_takes_the_others_down(tmp_path):
     started = program("train.py", *RUN[:3], "50", *RUN[4:], "--out", tmp_path / "run", world=2, wait=False)
     end = time.time() + 120
-    while time.time() < end and not ((tmp_path / "run" / "log.jsonl").exists() and (tmp_path / "run" / "log.jsonl").read_text()):
+    while time.time() < end and not ((tmp_path / "run" / "log.jsonl").exists()
+                                     and (tmp_path / "run" / "log.jsonl").read_text()):
         time.sleep(0.01)
     started[1].kill()
     assert started[0].wait(timeout=60) != 0
@@ -1611,9 +1703,11 @@ def test_predictions_have_the_images_own_size_and_class_indices(uninterrupted, t
     folder, checkpoint, _ = uninterrupted
     (tmp_path / "in" / "sub").mkdir(parents=True)
     Image.fromarray(data.shapes(1, 96)[0]).resize((75, 50)).save(tmp_path / "in" / "a.png")
-    Image.fromarray(data.shapes(2, 96)[0]).convert("CMYK").resize((33, 91)).save(tmp_path / "in" / "sub" / "b.jpg")
+    Image.fromarray(data.shapes(2, 96)[0]).convert("CMYK").resize((33, 91)).save(
+        tmp_path / "in" / "sub" / "b.jpg")
     for extra in ([], ["--native"], ["--par"]):
-        (code, text), = program("eval.py", folder / "run" / "best.pt", "--predict", tmp_path / "in", "--out", tmp_path / "out", *extra)
+        (code, text), = program("eval.py", folder / "run" / "best.pt", "--predict", tmp_path / "in",
+                                "--out", tmp_path / "out", *extra)
         assert code == 0, text
         for name, size in (("a", (75, 50)), ("sub/b", (33, 91))):
             with Image.open(tmp_path / "out" / f"{name}.png") as mask:
@@ -1622,8 +1716,10 @@ def test_predictions_have_the_images_own_size_and_class_indices(uninterrupted, t
             assert Image.open(tmp_path / "out" / f"{name}_overlay.png").size == size
     assert (tmp_path / "out" / "legend.png").exists()
     Image.open(tmp_path / "in" / "a.png").save(tmp_path / "in" / "a_overlay.png")
-    (code, text), = program("eval.py", folder / "run" / "best.pt", "--predict", tmp_path / "in", "--out", tmp_path / "two")
-    assert code == 2 and "a_overlay.png would be written twice" in text and not (tmp_path / "two").exists(), text
+    (code, text), = program("eval.py", folder / "run" / "best.pt", "--predict", tmp_path / "in",
+                            "--out", tmp_path / "two")
+    assert (code == 2 and "a_overlay.png would be written twice" in text
+            and not (tmp_path / "two").exists()), text
 
 
 def test_eval_prints_the_scores_of_the_log_and_draws_its_pictures(uninterrupted, tmp_path):
@@ -1639,7 +1735,8 @@ def test_eval_prints_the_scores_of_the_log_and_draws_its_pictures(uninterrupted,
 
 def test_bf16_changes_the_losses_little_and_the_caches_not_at_all(uninterrupted, tmp_path):
     folder, _, log = uninterrupted
-    (code, text), = program("train.py", *RUN, "--epochs", "1", "--precision", "bf16", "--out", tmp_path / "run")
+    (code, text), = program("train.py", *RUN, "--epochs", "1", "--precision", "bf16",
+                            "--out", tmp_path / "run")
     assert code == 0, text
     first = log_values(tmp_path / "run")[0]
     assert first["ce"] == pytest.approx(log[0]["ce"], rel=0.02) and first["ce"] != log[0]["ce"]
@@ -1651,12 +1748,14 @@ def test_a_folder_of_photographs_trains_and_predicts_without_labels(tmp_path):
     (tmp_path / "in").mkdir()
     for i in range(8):
         Image.fromarray(data.shapes(i)[0]).resize((90 + i, 80)).save(tmp_path / "in" / f"{i}.jpg")
-    (code, text), = program("train.py", "--data", "folder", "--root", tmp_path / "in", "--classes", "3", "--backbone", "tiny",
-                            "--size", "64", "--batch", "4", "--epochs", "1", "--out", tmp_path / "run")
+    (code, text), = program("train.py", "--data", "folder", "--root", tmp_path / "in", "--classes", "3",
+                            "--backbone", "tiny", "--size", "64", "--batch", "4", "--epochs", "1",
+                            "--out", tmp_path / "run")
     assert code == 0 and (tmp_path / "run" / "panels.png").exists(), text
     (code, text), = program("eval.py", tmp_path / "run" / "last.pt")
     assert code == 2 and "--predict" in text
-    (code, text), = program("eval.py", tmp_path / "run" / "last.pt", "--predict", tmp_path / "in", "--out", tmp_path / "out")
+    (code, text), = program("eval.py", tmp_path / "run" / "last.pt", "--predict", tmp_path / "in",
+                            "--out", tmp_path / "out")
     assert code == 0 and len(list((tmp_path / "out").glob("*_overlay.png"))) == 8, text
 
 
@@ -1670,18 +1769,22 @@ def test_a_concept_file_works_alone_in_an_empty_folder(tmp_path, names):
         shutil.copy(HERE / f"{name}.py", tmp_path)
     start = time.time()
     ended = subprocess.run([sys.executable, f"{names[0]}.py"], cwd=tmp_path, capture_output=True, text=True,
-                           env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"})
+                           env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+                           | {"OMP_NUM_THREADS": "1"})
     assert ended.returncode == 0 and ended.stdout.strip() and time.time() - start < 60, ended.stderr
     for picture in tmp_path.glob("*.png"):
         assert Image.open(picture).size[0] > 300
 
 
 def test_nothing_but_torch_numpy_pillow_scipy_and_the_standard_library_is_imported():
-    allowed = set(sys.stdlib_module_names) | {"torch", "numpy", "PIL", "scipy"} | {p.stem for p in HERE.glob("*.py")}
+    allowed = (set(sys.stdlib_module_names) | {"torch", "numpy", "PIL", "scipy"}
+               | {p.stem for p in HERE.glob("*.py")})
     for file in [*HERE.glob("*.py"), *HERE.glob("tools/*.py")]:
         for node in ast.walk(ast.parse(file.read_text())):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []
-            assert all(name.split(".")[0] in allowed | ({"pytest"} if file.name == "test_all.py" else set()) for name in names), (file.name, names)
+            names = ([a.name for a in node.names] if isinstance(node, ast.Import)
+                     else [node.module] if isinstance(node, ast.ImportFrom) else [])
+            assert all(name.split(".")[0] in allowed | ({"pytest"} if file.name == "test_all.py" else set())
+                       for name in names), (file.name, names)
 
 
 def test_nothing_executable_is_loaded_from_disk():
@@ -1689,18 +1792,21 @@ def test_nothing_executable_is_loaded_from_disk():
         if file.name != "test_all.py":
             text = file.read_text()
             assert "pickle" not in text.replace("no pickle", "") and "strict=False" not in text
-            assert all("weights_only=True" in call for call in re.findall(r"torch\.load\([^\n]*", text)), file.name
+            assert all("weights_only=True" in call
+                       for call in re.findall(r"torch\.load\([^\n]*", text)), file.name
 
 
 # ----------------------------------------------------------------------------
-# Golden numbers of the peers' own code. A few are kept here; with DMSA_GOLDEN=folder the whole files are compared.
+# Golden numbers of the peers' own code. A few are kept here; with DMSA_GOLDEN=folder the whole files are
+# compared.
 
 
 def generated(salt, shapes):
     """The weights of the golden files: a fixed stream for every key."""
     out = {}
     for key, shape in shapes.items():
-        x, last = np.random.RandomState(zlib.crc32(f"{salt}:{key}".encode())).standard_normal(shape), key.split(".")[-1]
+        x = np.random.RandomState(zlib.crc32(f"{salt}:{key}".encode())).standard_normal(shape)
+        last = key.split(".")[-1]
         if last in ("pos_embed", "cls_token", "cls_emb"):
             x = 0.5 * x
         elif last == "running_var":
@@ -1722,15 +1828,18 @@ def fill(module, salt):
 
 def stream(text):
     """The input that a golden file names: RandomState(n).standard_normal([...]), with a slice or not."""
-    seed, shape, cut = re.match(r"RandomState\((\d+)\)\.standard_normal\(\[([\d,]+)\]\)(?:\[:(\d+)\])?", text).groups()
-    x = np.random.RandomState(int(seed)).standard_normal([int(i) for i in shape.split(",")]).astype(np.float32)
+    seed, shape, cut = re.match(r"RandomState\((\d+)\)\.standard_normal\(\[([\d,]+)\]\)(?:\[:(\d+)\])?",
+                                text).groups()
+    x = np.random.RandomState(int(seed)).standard_normal(
+        [int(i) for i in shape.split(",")]).astype(np.float32)
     return torch.from_numpy(x[:int(cut)] if cut else x)
 
 
 def files(pattern):
     """A test for every golden file of this name; without DMSA_GOLDEN there is no such test."""
     def decorate(test):
-        return pytest.mark.parametrize("file", sorted(Path(GOLDEN).glob(pattern)), ids=lambda f: f.stem)(test) if GOLDEN else None
+        return pytest.mark.parametrize("file", sorted(Path(GOLDEN).glob(pattern)),
+                                       ids=lambda f: f.stem)(test) if GOLDEN else None
     return decorate
 
 
@@ -1740,14 +1849,16 @@ def opened(file):
 
 
 def near(ours, theirs, atol, rtol=0.0):
-    np.testing.assert_allclose(np.asarray(ours.detach() if isinstance(ours, torch.Tensor) else ours), theirs, rtol=rtol, atol=atol)
+    np.testing.assert_allclose(np.asarray(ours.detach() if isinstance(ours, torch.Tensor) else ours), theirs,
+                               rtol=rtol, atol=atol)
 
 
 SMALL8 = dict(img_size=224, patch_size=8, embed_dim=384, depth=12, num_heads=6)
 TINYDIM = dict(img_size=64, patch_size=8, embed_dim=48, depth=3, num_heads=4)
 
 
-# DINO's own code on this input with `generated` weights: CLS token and the CLS row of the last attention, first six each
+# DINO's own code on this input with `generated` weights: CLS token and the CLS row of the last attention,
+# first six each
 KEPT = {"input": "RandomState(1014).standard_normal([1,3,100,70])",
         "cls": [-0.49437, -0.947217, 1.886129, -1.502224, 0.231072, -1.409077],
         "row": [0.0037283, 0.00714293, 0.00793171, 0.01395924, 0.00545405, 0.0033515]}
@@ -1797,19 +1908,21 @@ def test_golden_decoder(file):
 
 @files("aspp_*.npz")
 def test_golden_aspp_up_to_its_normalisation(file):
-    """DeepLabV3+ with BatchNorm in the place of our GroupNorm (decision 6), and its norm and ReLU after the projection."""
+    """DeepLabV3+ with BatchNorm for our GroupNorm (decision 6), and its norm and ReLU after projection."""
     z, c = opened(file)
     shapes, dim = {}, c["in"]
     for key in z["keys_separable"]:
         last, branch = key.split(".")[-1], key.split(".")
         norm = branch[-2] in ("1", "2") and "body" not in key and not key.endswith("convs.4.1.weight")
         shapes[key] = () if last == "num_batches_tracked" else (256,) if norm else (
-            (256, 1280, 1, 1) if key.startswith("project") else (dim, 1, 3, 3) if "body.0" in key else (256, dim, 1, 1))
+            (256, 1280, 1, 1) if key.startswith("project")
+            else (dim, 1, 3, 3) if "body.0" in key else (256, dim, 1, 1))
     w = generated(c["salt_separable"], shapes)
     module = aspp.ASPP(dim, 256).eval()
     for i, branch in enumerate((module.point, *module.atrous, module.pool)):
         separable, at = 1 <= i <= 3, 1 if i == 4 else 0
-        branch.pointwise.weight.data = w[f"convs.{i}.0.body.1.weight" if separable else f"convs.{i}.{at}.weight"]
+        branch.pointwise.weight.data = w[f"convs.{i}.0.body.1.weight" if separable
+                                         else f"convs.{i}.{at}.weight"]
         if separable:
             branch.depthwise.weight.data = w[f"convs.{i}.0.body.0.weight"]
         branch.norm = nn.BatchNorm2d(256).eval()
@@ -1838,8 +1951,10 @@ def test_golden_windows(file):
 @files("window_bank_*.npz")
 def test_golden_window_crops(file):
     z, c = opened(file)
-    fore, _ = cam.select_windows(torch.from_numpy(z["fg_mask"][0]).bool(), z["windows"], c["image"] // c["grid"])
-    crops = cam.crop_windows(torch.from_numpy(z["image"][0]), z["windows"][fore], c["image"] // c["grid"], c["crop_size"])
+    fore, _ = cam.select_windows(torch.from_numpy(z["fg_mask"][0]).bool(), z["windows"],
+                                 c["image"] // c["grid"])
+    crops = cam.crop_windows(torch.from_numpy(z["image"][0]), z["windows"][fore], c["image"] // c["grid"],
+                             c["crop_size"])
     assert len(crops) == z["n_kept"]
     near(crops.mean((2, 3)), z["crops_mean"], 1e-5)
     near(crops[:, :, ::16, ::16], z["crops_sub"], 1e-5)
@@ -1885,15 +2000,19 @@ def test_golden_cross_entropy_and_uncertainty(file):
     z, c = opened(file)
     things, logits = "things_" in file.stem, torch.from_numpy(z["masks"]).requires_grad_()
     teacher = torch.from_numpy(z["teacher_logits"]) if c["teacher"] else None
-    label, foreground, _ = losses.pseudo_label(torch.from_numpy(z["pseudo_label"]), teacher, lambda p: p, 0.5, things)
+    label, foreground, _ = losses.pseudo_label(torch.from_numpy(z["pseudo_label"]), teacher, lambda p: p, 0.5,
+                                               things)
     if "constant" in file.stem:
         assert (label == 0).all() and losses.uncertainty_loss(logits[:, 1:], foreground) == 0
         return
     assert np.array_equal(label.numpy(), z["target"])
-    permutation = torch.from_numpy(z["perm"]).argsort() if c["teacher"] else None        # new channel j holds old channel perm[j]
+    # new channel j holds old channel perm[j]
+    permutation = torch.from_numpy(z["perm"]).argsort() if c["teacher"] else None
     alpha = losses.permutation_weight(c["epoch"]) if c["teacher"] else 0.0
-    for ours, name, gradient in ((losses.cross_entropy_loss(logits, label, permutation, alpha), "loss_cat_mean", "grad_cat"),
-                                 (losses.uncertainty_loss(logits[:, 1:] if things else logits, foreground), "loss_uncertainty_mean", "grad_unc")):
+    for ours, name, gradient in (
+            (losses.cross_entropy_loss(logits, label, permutation, alpha), "loss_cat_mean", "grad_cat"),
+            (losses.uncertainty_loss(logits[:, 1:] if things else logits, foreground),
+             "loss_uncertainty_mean", "grad_unc")):
         near(ours, z[name], 1e-5, 1e-4)
         near(torch.autograd.grad(ours, logits)[0], z[gradient], 1e-5, 1e-4)
 
@@ -1914,7 +2033,8 @@ def test_golden_segmentation_loss(file):
     near(loss, z["loss"], 1e-5, 1e-4)
     near(torch.autograd.grad(loss, logits)[0], z["grad"], 1e-5, 1e-4)
     for side in ("background", "foreground"):             # the peer's is NaN
-        assert np.isnan(z[f"loss_no_{side}"]) and losses.segmentation_loss(logits, torch.from_numpy(z[f"label_no_{side}"])).isfinite()
+        assert (np.isnan(z[f"loss_no_{side}"])
+                and losses.segmentation_loss(logits, torch.from_numpy(z[f"label_no_{side}"])).isfinite())
 
 
 @files("metrics_*.npz")
@@ -1939,7 +2059,8 @@ def test_golden_evaluation(file):
 def test_golden_resizing_up_to_rounding(file):
     z = np.load(file)
     near(data.squash(z["img_u8"], 32).transpose(2, 0, 1).astype(float), z["train_img"], 0.501)
-    assert np.array_equal(data.squash(z["label"].astype(np.uint8), 32, "nearest"), z["eval_label"].astype(np.uint8))
+    assert np.array_equal(data.squash(z["label"].astype(np.uint8), 32, "nearest"),
+                          z["eval_label"].astype(np.uint8))
 
 
 @files("label_maps.json")
@@ -1952,7 +2073,8 @@ def test_golden_label_maps(file):
 @files("schedule.json")
 def test_golden_schedule_of_the_teacher(file):
     for s in json.loads(file.read_text()).values():
-        assert train.replacements(s["epochs"], s["start"], [int(i) for i in s["interval"].split(",")]) == s["teacher_update_epochs"]
+        assert (train.replacements(s["epochs"], s["start"], [int(i) for i in s["interval"].split(",")])
+                == s["teacher_update_epochs"])
 
 
 @files("train_step.npz")
@@ -1960,21 +2082,27 @@ def test_golden_training_step(file):
     """TransFGU's step: losses at patch size, weights 1, 0.3, 1, Adam with L2 only on matrices."""
     z, c = opened(file)
     vit = fill(model.VisionTransformer(**SMALL8), c["salts"]["encoder"])
-    student, teacher = (fill(model.MaskTransformer(384, c["n_cls"]), c["salts"][f"{who} decoder"]) for who in ("student", "teacher"))
+    student, teacher = (fill(model.MaskTransformer(384, c["n_cls"]), c["salts"][f"{who} decoder"])
+                        for who in ("student", "teacher"))
     tokens = vit(stream(c["input"]))[0][:, 1:].detach()
-    label, foreground, _ = losses.pseudo_label(torch.from_numpy(z["pseudo_label"]), teacher(tokens)[0].detach().unflatten(2, (10, 10)),
+    label, foreground, _ = losses.pseudo_label(torch.from_numpy(z["pseudo_label"]),
+                                               teacher(tokens)[0].detach().unflatten(2, (10, 10)),
                                                lambda p: p, 0.5)
     logits, class_embeddings = student(tokens)
     logits, permutation = logits.unflatten(2, (10, 10)), torch.from_numpy(z["perm"]).argsort()
     thing = torch.arange(c["n_cls"]) > 0
-    loss = losses.dmsa_losses(logits, class_embeddings, label, foreground, losses.pixel_counts(label, foreground, thing), thing,
-                              (0.0, *c["loss_weights"]), True, permutation, losses.permutation_weight(c["epoch"]))
-    for name, key in (("ce", "loss_cat"), ("un", "loss_uncertainty"), ("cls", "loss_cls_emb"), ("all", "total")):
+    loss = losses.dmsa_losses(logits, class_embeddings, label, foreground,
+                              losses.pixel_counts(label, foreground, thing), thing,
+                              (0.0, *c["loss_weights"]), True, permutation,
+                              losses.permutation_weight(c["epoch"]))
+    for name, key in (("ce", "loss_cat"), ("un", "loss_uncertainty"), ("cls", "loss_cls_emb"),
+                      ("all", "total")):
         near(loss[name], z[key], 1e-5, 1e-4)
     loss["all"].backward()
     params = dict(student.named_parameters())
-    optimizer = torch.optim.Adam([{"params": [p for p in params.values() if p.ndim > 1], "weight_decay": 5e-4},
-                                  {"params": [p for p in params.values() if p.ndim <= 1], "weight_decay": 0.0}], lr=1e-4)
+    optimizer = torch.optim.Adam([
+        {"params": [p for p in params.values() if p.ndim > 1], "weight_decay": 5e-4},
+        {"params": [p for p in params.values() if p.ndim <= 1], "weight_decay": 0.0}], lr=1e-4)
     optimizer.step()
     for name, p in params.items():
         if f"grad.{name}" in z:
@@ -1992,7 +2120,8 @@ README = (HERE / "README.md").read_text()
 
 def test_every_function_beside_the_paper_exists_and_names_its_equation():
     rows = re.findall(r"^\| (Fig|Eq|Table|Tables|Figs)\.? ([\d, ]+) \|[^|]*\|([^|]*)\|$", README, re.M)
-    assert {f"{kind} {number}" for kind, number, _ in rows} >= {*(f"Eq {i}" for i in range(1, 7)), "Table 1", "Table 4", "Fig 1", "Fig 2"}
+    assert {f"{kind} {number}" for kind, number, _ in rows} >= {
+        *(f"Eq {i}" for i in range(1, 7)), "Table 1", "Table 4", "Fig 1", "Fig 2"}
     for kind, number, cell in rows:
         named, texts = re.findall(r"`(\S+\.py): ([\w.]+)`", cell), []
         assert named, cell
@@ -2007,29 +2136,35 @@ def test_every_function_beside_the_paper_exists_and_names_its_equation():
 
 def test_readmes_snippets_run_as_they_stand():
     torch.manual_seed(0)
-    space = {"torch": torch, "image": torch.rand(3, 3, 96, 96), "masks": torch.rand(3, 4, 12, 12), "x": randn(2, 384, 5, 5),
-             "logits": randn(2, 5, 8, 8), "label": torch.randint(0, 5, (2, 8, 8)), "vit": model.backbone("tiny")[0].eval()}
+    space = {"torch": torch, "image": torch.rand(3, 3, 96, 96), "masks": torch.rand(3, 4, 12, 12),
+             "x": randn(2, 384, 5, 5), "logits": randn(2, 5, 8, 8), "label": torch.randint(0, 5, (2, 8, 8)),
+             "vit": model.backbone("tiny")[0].eval()}
     snippets = re.findall(r"```python\n(.*?)```", README, re.S)
     assert len(snippets) == 6
     for snippet in snippets:
         assert len(snippet.splitlines()) <= 5
         exec(snippet, space)
-    assert space["masks"].shape == (3, 4, 96, 96) and space["crop"].shape == (1, 3, 96, 96) and space["logits"].shape == (3, 21, 12, 12)
+    assert (space["masks"].shape == (3, 4, 96, 96) and space["crop"].shape == (1, 3, 96, 96)
+            and space["logits"].shape == (3, 21, 12, 12))
 
 
 def test_every_option_that_readme_names_exists_and_helps_defaults_are_the_real_ones():
     known = set()
-    for file in ("train.py", "eval.py", "data.py", "tools/ablation.py", "tools/par_on_photos.py", "tools/bench.py", "tools/pretrain.py"):
+    for file in ("train.py", "eval.py", "data.py", "tools/ablation.py", "tools/par_on_photos.py",
+                 "tools/bench.py", "tools/pretrain.py"):
         (code, text), = program(file, "--help")
         assert code == 0, text
         known |= set(re.findall(r"--[a-z][a-z-]+", text))
     torchrun = {"--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--master_port"}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+[a-z]", README)) <= known | torchrun
     args, (_, text) = train.parse(["--data", "voc"]), program("train.py", "--help")[0]
-    for option, value in (("teacher-weight", args.teacher_weight), ("momentum", args.momentum), ("background", args.background),
-                          ("classes", args.classes), ("dropout", args.dropout), ("teacher", args.teacher), ("cam-scale", args.cam_scale)):
+    for option, value in (("teacher-weight", args.teacher_weight), ("momentum", args.momentum),
+                          ("background", args.background), ("classes", args.classes),
+                          ("dropout", args.dropout), ("teacher", args.teacher),
+                          ("cam-scale", args.cam_scale)):
         entry = " ".join(re.search(rf"\n  --{option} .*?(?=\n  -|\n\n)", text, re.S)[0].split())
-        assert float(re.search(r"default: ([\d.]+)", entry)[1]) == value if not isinstance(value, str) else f"default: {value}" in entry, option
+        assert (float(re.search(r"default: ([\d.]+)", entry)[1]) == value if not isinstance(value, str)
+                else f"default: {value}" in entry), option
 
 
 def test_readme_counts_its_files_and_lines_and_shows_only_pictures_that_exist():

@@ -268,7 +268,9 @@ def measure(case, repeat):
 def row(what, ours, textbook, mb=None, difference=None):
     """A line of the table. ours, textbook: seconds of the calls, or one number; mb: (ours, textbook)."""
     def show(s):
-        return f"{s:.2f}" if np.ndim(s) == 0 else f"{np.median(s):.2f} ({min(s):.2f}–{max(s):.2f}, {len(s)})"
+        if np.ndim(s) == 0:
+            return f"{s:.2f}"
+        return f"{np.median(s):.2f} ({min(s):.2f}–{max(s):.2f}, {len(s)})"
     ratio = np.median(textbook) / np.median(ours)
     memory = "" if mb is None else f"{mb[0]:.0f} / {mb[1]:.0f}"
     equal = "" if difference is None else f"{difference:.1e}"

@@ -5,9 +5,12 @@
 
 A student and its moving average, the teacher, see crops of the same thing; the student's distribution over
 prototypes has to match the teacher's on another crop (DINO, the paper's [5]). On a folder, the two views are
-crops of one image. On `shapes` they are crops of two pictures of the same objects: other background, place, size
-and light, as two frames of a video would be. That is the renderer's knowledge of which pictures show one object; it is
-what makes a ViT of this size attend to objects, and it is no category label.
+crops of one image. On `shapes` they are crops of two pictures of one object: other background, place, size
+and light, as two frames of a video would be. That is the renderer's knowledge of which pictures show one
+object; it is what makes a ViT of this size attend to objects, and it is no category label.
+
+The attention of the CLS token first is even, then finds the object, then contracts to its most telling part.
+Training stops in between, when it is spread over half of the patches (ATTENDED).
 """
 
 import argparse
@@ -29,17 +32,17 @@ from model import BACKBONES, VisionTransformer, normalise  # noqa: E402
 
 SIZE, LOCAL = 96, 48                                      # pixels of a picture and of a small crop
 PROTOTYPES, TEACHER_TEMPERATURE, STUDENT_TEMPERATURE = 512, 0.03, 0.1
-TOKEN_DROP = 0.75                                         # of the student's patch tokens: spreads the attention
+TOKEN_DROP = 0.75                                         # of the student's patch tokens
+ATTENDED = 0.5                                            # stop when CLS attends to this share of the patches
 PAIRS = 3_000_000                                         # first seed: no scene of data.Shapes has it
 
 
 def pair(seed):
-    """Two pictures of the same one or two objects, with more colour around them than in the scenes: uint8 (2, SIZE, SIZE, 3)."""
+    """Two pictures of one object, with more colour around it than in the scenes: uint8 (2, SIZE, SIZE, 3)."""
     rng = np.random.default_rng((PAIRS, seed))
-    categories = rng.choice(len(data.SHAPES), rng.integers(1, 3), replace=False)
-    things = [data.new_object(rng, int(k)) for k in categories]
-    radius = (0.18, 0.42) if len(things) == 1 else (0.18, 0.32)
-    return np.stack([data.render(rng, things, SIZE, radius, tint=0.09, clutter=0.8)[0] for _ in range(2)])
+    thing = data.new_object(rng, int(rng.integers(len(data.SHAPES))))
+    pictures = [data.render(rng, [thing], SIZE, (0.18, 0.42), tint=0.09, clutter=0.8)[0] for _ in range(2)]
+    return np.stack(pictures)
 
 
 def photo(path):
@@ -48,7 +51,7 @@ def photo(path):
 
 
 def views(image, size, area, g):
-    """Random crops of image (B, 3, H, W) in 0..1: turned, mirrored, of a share `area` (least, most), other colours."""
+    """Random crops of image (B, 3, H, W) in 0..1: turned, mirrored, a share `area` of it, other colours."""
     B = len(image)
     u = lambda low, high: torch.rand(B, generator=g) * (high - low) + low
     side, ratio = u(*area).sqrt(), torch.exp(u(-1, 1) * math.log(4 / 3)) ** 0.5
@@ -70,7 +73,8 @@ class Projection(nn.Module):
 
     def __init__(self, dim):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(dim, 256), nn.GELU(), nn.Linear(256, 256), nn.GELU(), nn.Linear(256, 64))
+        self.mlp = nn.Sequential(nn.Linear(dim, 256), nn.GELU(), nn.Linear(256, 256), nn.GELU(),
+                                 nn.Linear(256, 64))
         self.prototypes = nn.Linear(64, PROTOTYPES, bias=False)
         for layer in self.mlp[::2]:
             nn.init.trunc_normal_(layer.weight, std=0.02)
@@ -93,6 +97,14 @@ def project(network, image, g=None):
     return projection(vit.norm(x)[:, 0])
 
 
+@torch.no_grad()
+def attended(vit, image):
+    """Share of the patches that the CLS token attends to: 1 / sum a^2 of its attention, over their number."""
+    a = vit(image)[1][:, :, 1:].mean(1)                   # (B, hw)
+    a = a / a.sum(1, keepdim=True)
+    return (1 / (a ** 2).sum(1)).mean().item() / a.shape[1]
+
+
 def main():
     p = argparse.ArgumentParser(description="DINO self-distillation of the tiny ViT, without labels.")
     p.add_argument("--data", choices=("shapes", "folder"), default="shapes",
@@ -100,7 +112,7 @@ def main():
     p.add_argument("--root", default="data", help="the folder of images (default: data)")
     p.add_argument("--images", type=int, default=4096,
         help="pairs, or images of the folder, to learn from (default: 4096)")
-    p.add_argument("--steps", type=int, default=400, help="optimizer steps (default: 400)")
+    p.add_argument("--steps", type=int, default=400, help="optimizer steps at most (default: 400)")
     p.add_argument("--batch", type=int, default=64, help="pairs per step (default: 64)")
     p.add_argument("--lr", type=float, default=1e-3, help="highest learning rate (default: 0.001)")
     p.add_argument("--seed", type=int, default=0, help="of everything (default: 0)")
@@ -155,11 +167,13 @@ def main():
         optimizer.step()
         with torch.no_grad():
             torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 0.01 * cosine)
-        if step % 16 == 15 or step == args.steps - 1:
-            print(f"step {step + 1}/{args.steps}  loss {loss.item():.3f} (random: {math.log(PROTOTYPES):.3f})  "
-                  f"{time.time() - start:.0f} s", flush=True)
-        if step % 100 == 99 or step == args.steps - 1:
-            torch.save({k: v.half() for k, v in teacher[0].state_dict().items()}, args.out)
+        if step % 10 == 9 or step == args.steps - 1:
+            share = attended(teacher[0], large)
+            print(f"step {step + 1}/{args.steps}  loss {loss:.3f} (random: {math.log(PROTOTYPES):.3f})  "
+                  f"attended {share:.2f}  {time.time() - start:.0f} s", flush=True)
+            if share < ATTENDED:
+                break
+    torch.save({k: v.half() for k, v in teacher[0].state_dict().items()}, args.out)
     print(f"wrote {args.out}: {Path(args.out).stat().st_size / 1e6:.1f} MB, {time.time() - start:.0f} s")
 
 
