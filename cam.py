@@ -4,8 +4,8 @@
     image, K centroids --gradient of cos(CLS, centroid) in the last attention--> K maps (B, K, h, w)
 
 "The method borrowed from TransFGU" (DMSA Sec. 4.1). Nothing here is trained and no label is used.
-Needs torch, numpy and scipy; the ViT is an argument: any with DINO's attribute names (prepare_tokens, blocks,
-norm; in a block norm1, attn.qkv, attn.proj, attn.num_heads, norm2, mlp). Copy this file anywhere.
+Needs torch, numpy and scipy; the ViT is an argument: any with DINO's names (prepare_tokens, patch_embed.proj,
+blocks, norm; in a block norm1, attn.qkv, attn.proj, attn.num_heads, norm2, mlp). Copy this file anywhere.
 
     python cam.py         # writes cam.png: windows and class maps, by a ViT small enough to write by hand
 """
@@ -62,9 +62,10 @@ def patch_grid(vit, image):
 def windows(h, w, scales=THING_SCALES):
     """Sliding windows on an h x w grid: (M, 4) int64 of x0 y0 x1 y1, patches, both ends inclusive.
 
-    The side is s = int(min(h, w) * scale); centres step by s / 2 and one more touches the far border. Scale
-    by scale, rows first. 70 windows for VOC's scales on 20 x 20, 40 x 40 and 80 x 80. Raises ValueError if
-    none fits.
+    With s = int(min(h, w) * scale), an even s gives windows of s + 1 patches, half a side apart, and one more
+    that touches the far border; an odd s windows of s, a side apart, without that one (TransFGU's integer
+    centres). Scale by scale, rows first. On 20 x 20, 40 x 40 and 80 x 80: 70 windows for VOC's scales, 142
+    for COCO's. Raises ValueError if none fits.
     """
     boxes = []
     for scale in scales:
@@ -171,18 +172,18 @@ def keep_mass(maps, share=KEEP_MASS):
 
 @torch.no_grad()
 def class_activation_maps(vit, image, centroids):
-    """Eq. 5: L^c = ReLU(sum_k alpha_k^c A^k), A^k the CLS row of head k of the last attention.
+    """Eq. 5 as TransFGU has it: where the last attention, and more of it, makes CLS more like a centroid.
 
     image      (B, 3, H, W) normalised
-    centroids  (K, D) of `cluster`
+    centroids  (K, D) tensor, of `cluster`
     returns    (B, K, h, w) >= 0; every image by itself, whatever else is in the batch (decision 10)
 
-    The weight alpha is the gradient of cos(CLS feature, centroid) in the attention, mean over heads; positive
-    gradients that hold 80 % of the mass are added to the attention itself, and patches that lower the cosine
-    become 0 (TransFGU).
+    alpha^c is the gradient of cos(CLS feature, centroid c) in the CLS row of the last attention A, mean over
+    heads. Eq. 5 weighs A by it; TransFGU adds the two (decision 9): L^c = A / max A + the largest alpha^c
+    that together hold 80 % of its positive mass, and 0 where alpha^c < 0.
 
-    In closed form: attended = A v is linear in A, so the gradient in A is v u with u the gradient in
-    `attended`. One backward pass of K copies of one token through the last MLP gives all K of them.
+    In closed form: attended = A v is linear in A, so d cos / d A = v u with u = d cos / d attended. One
+    backward pass of K copies of one token through the last MLP gives all K of them.
     """
     B, K, grid = len(image), len(centroids), patch_grid(vit, image)
     x, A, v = last_attention(vit, image)                        # (B, D), (B, heads, n), (B, heads, n, d)

@@ -88,7 +88,7 @@ def cross_entropy_loss(logits, label, permutation=None, alpha=0.0, count=None):
 
     logits       (B, N, H, W)
     label        (B, H, W)     int64 in 0..N-1
-    permutation  (N,)          int64, the wrong class to be pushed away from; None without a teacher
+    permutation  (N,)          int64, gives the class to be pushed away from; None without a teacher
     alpha        weight of the second term (`permutation_weight`)
     count        pixels to divide by; default B * H * W
     returns      ()            negative where the wrong class is far less likely than the label
@@ -134,12 +134,12 @@ def uncertainty_loss(logits, foreground, count=None):
 def class_loss(class_embeddings, count=None):
     """L_cls of Eq. 6: mean over pairs i < j of 1 + cos(c_i, c_j), and over images (TransFGU).
 
-    class_embeddings  (B, N, D)  of the decoder, any length; N >= 2
+    class_embeddings  (B, N, D)  of the decoder, unit length; N >= 2
     count             images to divide by; default B
     returns           ()         in [0, 2]; 2 when all classes are the same: collapse
     """
     B, N, _ = class_embeddings.shape
-    # lengths are constants: the decoder makes them 1
+    # of other lengths too the value is the cosine; the gradient takes the lengths as constant
     c = class_embeddings / class_embeddings.norm(dim=2, keepdim=True).detach()
     cosine = c @ c.transpose(1, 2)                                                # (B, N, N)
     i, j = torch.triu_indices(N, N, offset=1, device=c.device)

@@ -1,6 +1,6 @@
 """DMSA's network: DINO's ViT (Eq. 2), ASPP behind its last attention (Fig. 1), Segmenter's decoder (Eq. 3).
 
-    image (B, 3, H, W) --frozen blocks, last attention--> patch tokens x, msa (B, hw, D)
+    image (B, 3, H, W) --frozen blocks, last attention--> patch tokens x, msa (B, D, h, w)
                        --head: x + msa + ASPP(msa), last MLP, norm, decoder--> logits (B, N, h, w)
 
 The ViT is frozen; a head (ASPP and decoder) is what trains. Student and teacher are two heads on the same
@@ -290,7 +290,11 @@ class MaskTransformer(nn.Module):
 
 
 class Head(nn.Module):
-    """What trains: ASPP (unless `use_aspp` is False) and decoder. Student and teacher are two of these."""
+    """What trains: ASPP (unless `use_aspp` is False) and decoder. Student and teacher are two of these.
+
+    The ViT's last MLP and norm lie between the two; they are frozen and not a head's own, so `forward` is
+    given them.
+    """
 
     def __init__(self, dim, n_classes, use_aspp=True, dropout=0.0):
         super().__init__()
@@ -327,7 +331,8 @@ class DMSA(nn.Module):
         self.teacher = AveragedModel(self.student, multi_avg_fn=self._average).requires_grad_(False).eval()
 
     def _average(self, teacher, student, t):
-        torch._foreach_lerp_(teacher, student, 1 - min(1 - 1 / (float(t) + 1), self.momentum))
+        momentum = min(1 - 1 / (float(t) + 1), self.momentum)                     # the first update copies
+        torch._foreach_lerp_(teacher, student, 1 - momentum)
 
     def train(self, mode=True):
         super().train(mode)
@@ -342,7 +347,7 @@ class DMSA(nn.Module):
         last, grid = self.vit.blocks[-1], self.vit.grid(image)
         x = self.vit.trunk(image)                                                 # (B, 1 + hw, D)
         msa = last.attn(last.norm1(x))                                            # Eq. 2
-        return tuple(t[:, 1:].transpose(1, 2).unflatten(2, grid) for t in (x, msa))   # CLS passes by
+        return tuple(t[:, 1:].transpose(1, 2).unflatten(2, grid) for t in (x, msa))   # without CLS
 
     def decode(self, head, features, rates=DEEPLAB_RATES):
         """`head` (self.student or self.teacher) on `features` -> logits (B, N, h, w), class embeddings."""

@@ -1560,7 +1560,22 @@ def test_a_run_writes_its_files_and_logs_every_key(uninterrupted):
     assert checkpoint["epoch"] == 3 and checkpoint["rates"] == [1, 1, 2, 3]
 
 
-@pytest.mark.parametrize("world, accumulate", [(2, 1), (3, 2), (1, 3)])
+@pytest.mark.parametrize("data_set, world", [("voc", 6), ("coco80", 6), ("voc", 8)])
+def test_processes_share_a_batch_that_does_not_divide(monkeypatch, data_set, world):
+    args = train.parse(["--data", data_set])
+    args.repeat, samples, sizes = args.batch // 64, [], set()                     # 64 images: one batch an epoch
+    monkeypatch.setattr(train, "WORLD", world)
+    for rank in range(world):
+        monkeypatch.setattr(train, "RANK", rank)
+        (_, parts, _), = train.batches(args, np.zeros((64, 2, 2, 3), np.uint8), np.zeros((64, 1, 1, 1)), 1, 0,
+                                       torch.device("cpu"))
+        samples += [s for part in parts for s in part[0]]
+        sizes |= {len(image) for _, image, _, _ in parts}
+    assert sorted(samples) == list(range(args.batch)) and max(sizes) - min(sizes) <= 1
+
+
+# (2, 2) cuts batches of 6 into 2 + 2 + 1 + 1
+@pytest.mark.parametrize("world, accumulate", [(2, 1), (3, 2), (2, 2)])
 def test_any_number_of_processes_and_parts_gives_the_same_run(uninterrupted, tmp_path, world, accumulate):
     """Caches bitwise; losses and weights up to float32 summation order, which Adam's division can enlarge."""
     folder, checkpoint, log = uninterrupted
@@ -1675,8 +1690,9 @@ def test_a_run_with_bad_numbers_stops_on_all_processes_and_keeps_its_checkpoint(
 
 @pytest.mark.parametrize("args, message", [
     (["--data", "voc", "--root", "nowhere"], "nowhere/VOCdevkit/VOC2012: no such folder"),
-    (["--weights", "none.pt"], "none.pt"), (["--batch", "7", "--accumulate", "2"], "not divisible"),
+    (["--weights", "none.pt"], "none.pt"), (["--batch", "7", "--accumulate", "8"], "fewer images than parts"),
     (["--batch", "4096"], "larger than an epoch"), (["--epochs", "0"], "at least 1"),
+    (["--data", "folder", "--classes", "1"], "between 2 and 254"),
     (["--backbone", "resnet"], "invalid choice"), (["--size", "100"], "multiple of"),
     (["--momentum", "1.5"], "between 0 and 1"), (["--out", "/proc/nowhere"], "cannot write there"),
     (["--device", "cuda"], "no GPU" if not torch.cuda.is_available() else "")])

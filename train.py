@@ -45,11 +45,11 @@ COMMON = dict(
     scales=cam.THING_SCALES, bank=640, window=320,        # windows: shares; pixels of the image, of crops
     batch=512, epochs=50, repeat=1, lr=1e-4,              # repeat: passes over the images that make an epoch
     lambdas=(0.1, 1.0, 0.3, 1.0),                         # of Eq. 6: seg, CE, un, cls (decision 16)
-    background=0.1, teacher_weight=0.7,                   # decisions 9 and 11
+    background=0.1, teacher_weight=0.7,                   # TransFGU's threshold; decision 11
     teacher_start=5,                                      # epochs of CAM alone
     intervals=(5, 5, 5, 5, 4, 4, 4, 4, 4, 3),             # of --teacher reset, by decade of epochs
     par=(1, 2, 4, 8), cam_scale="image", aspp="dynamic", teacher="ema", momentum=0.99, dropout=0.0,
-    losses_at="crop", jitter=data.JITTER)
+    losses_at="crop", no_seg_loss=False, jitter=data.JITTER)
 SETTINGS = {
     "shapes": COMMON | dict(                              # small, so that a CPU is enough; see README's table
         backbone="tiny", size=128, crop=96, bank=128, window=96, batch=16, epochs=10, lr=5e-4,
@@ -66,8 +66,8 @@ SETTINGS = {
 # Rows of the paper's tables that are not DMSA. In the released code ASPP never reaches the tokens and PAR is
 # commented out: it is TransFGU with L_seg and another fusion weight (README, "What the released code does").
 TRANSFGU = dict(aspp="none", par=(), cam_scale="crop", teacher="reset", teacher_weight=0.5, dropout=0.1,
-                losses_at="patches", lambdas=(0.0, 1.0, 0.3, 1.0))
-RELEASED = TRANSFGU | dict(teacher_weight=0.7, lambdas=(0.3, 1.0, 0.3, 1.0))
+                losses_at="patches", no_seg_loss=True)
+RELEASED = TRANSFGU | dict(teacher_weight=0.7, no_seg_loss=False)
 ROWS = {"dmsa": {}, "transfgu": TRANSFGU, "released": RELEASED}
 
 BANK_IMAGES, BANK_WINDOWS = 10_000, 200_000               # k-means sees the windows of so many images at most
@@ -98,13 +98,15 @@ def parse(argv=None):
         help="DINO weights of that backbone (default: fetched once, tiny is shipped)")
     add("--out", metavar="DIR", help="run folder (default: runs/<data>); caches go beside it, to runs/cache")
     add("--preset", choices=tuple(ROWS), default="dmsa", help="a row of the paper's tables (default: dmsa)")
-    add("--epochs", type=int, metavar="N", help=f"passes over the data {by_data}")
+    add("--epochs", type=int, metavar="N",
+        help=f"passes over the data; for voc each takes its images 20 times {by_data}")
     add("--batch", type=int, metavar="IMAGES", help=f"global batch over all processes {by_data}")
     add("--accumulate", type=int, default=1, metavar="N",
         help="parts that a process's batch is cut into; raise it if memory is short (default: 1)")
     add("--lr", type=float, metavar="X", help=f"learning rate of Adam, constant {by_data}")
     add("--size", type=int, metavar="PIXELS",
-        help=f"side of the squashed image, crops are half of it; smaller is faster and worse {by_data}")
+        help=f"side of the squashed image; if given, crops are half of it, and the images that windows are "
+             f"cut from twice as large. Smaller is faster and worse {by_data}")
     add("--limit", type=int, metavar="N", help="use the first N images of each split (default: all)")
     add("--seed", type=int, default=0, help="of everything; for shapes also of the scenes (default: 0)")
     add("--workers", type=int, default=4, metavar="N", help="threads that decode images (default: 4)")
@@ -122,7 +124,7 @@ def parse(argv=None):
         help="pseudo labels are only upsampled")
     m.add_argument("--par-dilations", dest="par", type=int, nargs="+", metavar="PIXELS",
         help="of PAR (default: 1 2 4 8; AFA's are 1 2 4 8 12 24)")
-    m.add_argument("--no-seg-loss", action="store_true", help="lambda_1 = 0")
+    m.add_argument("--no-seg-loss", action="store_true", default=None, help="lambda_1 = 0")
     m.add_argument("--teacher", choices=("ema", "reset", "none"),
         help="moving average; TransFGU's copy and reset; CAM alone (default: ema)")
     m.add_argument("--no-teacher", dest="teacher", action="store_const", const="none",
@@ -150,16 +152,20 @@ def parse(argv=None):
             setattr(args, name, value)
     if args.size != SETTINGS[args.data]["size"]:
         args.crop, args.bank, args.window = args.size // 2, 2 * args.size, args.size
+    if args.par:
+        args.losses_at = "crop"                           # PAR's labels have its size, in every row
     if args.no_seg_loss:
         args.lambdas = (0.0, *args.lambdas[1:])
     args.out = args.out or os.path.join("runs", args.data)
-    for name in ("epochs", "batch", "accumulate", "workers", "limit", "classes"):
+    for name in ("epochs", "batch", "accumulate", "workers", "limit"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             p.error(f"--{name} {getattr(args, name)}: must be at least 1")
     limits = {"teacher_weight": 1, "momentum": 1, "background": 1, "dropout": 0.99, "lr": math.inf}
     for name, high in limits.items():
         if not 0 <= getattr(args, name) <= high:
             p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be between 0 and {high}")
+    if not 2 <= args.classes <= 254:
+        p.error(f"--classes {args.classes}: must be between 2 and 254: L_un compares two, masks are 8-bit")
     patch = BACKBONES[args.backbone][0]["patch_size"]
     if args.size % 2 or args.crop % patch or args.size < 4 * patch:
         p.error(f"--size {args.size}: half of it must be a multiple of {args.backbone}'s patch, {patch}, "
@@ -432,12 +438,12 @@ def batches(args, images, maps, epoch, first, device):
     steps = n // args.batch
 
     def load(step):
-        parts = order[step * args.batch:(step + 1) * args.batch].reshape(args.accumulate, WORLD, -1)[:, RANK]
+        parts = np.array_split(order[step * args.batch:(step + 1) * args.batch], args.accumulate * WORLD)
         stack = lambda arrays: torch.from_numpy(np.stack(list(arrays)))
         return [(samples, stack(images[s % len(images)] for s in samples),
                  stack(maps[s % len(images)] for s in samples),
                  stack(data.draw(args.seed, epoch, int(s), args.jitter) for s in samples))
-                for samples in parts]
+                for samples in parts[RANK::WORLD]]
 
     with ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(load, first) if first < steps else None
@@ -541,7 +547,7 @@ class Trainer:
         wrong = not_finite(values, gradients, network.student)
         if not wrong:
             for p, g in zip(self.params, gradients):
-                p.grad.copy_(g.view_as(p).clamp(-1, 1))
+                p.grad.copy_(g.view_as(p).clamp(-1, 1))   # as TransFGU
             self.optimizer.step()
             if args.teacher == "ema":
                 network.teacher.update_parameters(network.student)
@@ -605,18 +611,18 @@ def train(args, device, stop):
             f"or use another --out")
         return 0
     sources = open_data(args)
+    source, samples = sources["train"], len(sources["train"]) * args.repeat
+    if samples < args.batch:
+        raise RunError(f"--batch {args.batch}: larger than an epoch of {len(source)} images x {args.repeat}; "
+                       f"lower it")
     loaded = backbone(args.backbone, args.weights) if LOCAL == 0 else None        # one a machine fetches
     wait()
     vit, weights, digest = loaded or backbone(args.backbone, args.weights)
     say(f"{args.backbone}: {weights}, SHA-256 {digest}")
     vit = vit.to(device).eval().requires_grad_(False)
     images, labels, maps, centroids = prepare(args, sources, vit, digest, device)
-    source, samples = sources["train"], len(images["train"]) * args.repeat
-    if samples < args.batch:
-        raise RunError(f"--batch {args.batch}: larger than an epoch of {len(images['train'])} images "
-                       f"x {args.repeat}; lower it")
     trainer = Trainer(args, vit, source, centroids, device, state)
-    run, network, log, last = trainer.run, trainer.network, out / "log.jsonl", samples // args.batch - 1
+    run, log, last_position = trainer.run, out / "log.jsonl", samples // args.batch - 1
     if state:
         say(f"{out}: going on after epoch {run['epoch']}, step {run['step']}")
     if RANK == 0:                                         # lines after the checkpoint will be written again
@@ -634,6 +640,7 @@ def train(args, device, stop):
         for position, parts, seconds in batches(args, images["train"], maps["train"], epoch, first, device):
             torch.manual_seed(args.seed + 1009 * run["step"] + 31 * RANK)         # only dropout draws from it
             todo, counts = trainer.pseudo_labels(parts, epoch)
+            # in one message: pixel counts, and to how many processes each signal came (0: none)
             signals = F.one_hot(torch.tensor(stop.signal, device=device), 65)
             counts, signals = summed(torch.cat([counts, signals])).split([4, 65])
             values, wrong = trainer.learn(todo, counts, epoch)
@@ -647,26 +654,27 @@ def train(args, device, stop):
             record = {"epoch": epoch, "step": run["step"], **values, "rates": list(trainer.rates(epoch)),
                       "lr": args.lr}
             ended_by = int(signals[1:].nonzero()[0]) + 1 if signals[1:].any() else 0
-            if position == last:
-                elapsed, steps = time.time() - begin, last + 1 - first
+            if position == last_position:
+                elapsed, steps = time.time() - begin, position + 1 - first
                 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
                 if device.type == "cuda":
                     peak = torch.cuda.max_memory_allocated()
                 record |= {"images_per_s": steps * args.batch / elapsed, "data_wait": waited / elapsed,
                            "peak_gb": peak / 1e9}
                 if labels is not None:
-                    record |= score(trainer, images["val"], labels, epoch)
+                    record |= score_and_assign(trainer, images["val"], labels, epoch)
             if RANK == 0:
                 with open(log, "a") as f:
                     f.write(json.dumps(record) + "\n")
-            if ended_by and position < last:
+            if ended_by and position < last_position:
                 trainer.save("last.pt")
                 return ended_by
-        run["epoch"], run["position"], better = epoch, 0, False
-        value = 0 if labels is None else record["miou"] + record["accuracy"]
-        if labels is not None and value > run["best"]:    # chosen on val, as the peers do
-            run["best"], run["best_epoch"], better = value, epoch, True
-        trainer.save(*["best.pt"] * better, "last.pt")
+        run["epoch"], run["position"] = epoch, 0
+        if labels is not None and record["miou"] + record["accuracy"] > run["best"]:
+            run["best"], run["best_epoch"] = record["miou"] + record["accuracy"], epoch
+            trainer.save("best.pt", "last.pt")            # chosen on val, as the peers do
+        else:
+            trainer.save("last.pt")
         means = "  ".join(f"{k} {v / steps:.4f}" for k, v in sums.items())
         shown = "" if labels is None else (f"  mIoU {record['miou']:.2f} accuracy {record['accuracy']:.2f} "
                                            f"clusters {record['clusters']}")
@@ -679,7 +687,7 @@ def train(args, device, stop):
     return 0
 
 
-def score(trainer, images, labels, epoch):
+def score_and_assign(trainer, images, labels, epoch):
     """Evaluate the student on val with this epoch's rates; keeps the assignment of clusters to classes."""
     trainer.network.eval()
     total = evaluate(trainer.network, images, labels, trainer.rates(epoch), RANK, WORLD)
@@ -714,10 +722,9 @@ def main():
         signal.signal(number, stop)
     code = 0
     try:
-        parts = WORLD * args.accumulate
-        if args.batch % parts:
-            raise RunError(f"--batch {args.batch}: not divisible by {WORLD} processes x --accumulate "
-                           f"{args.accumulate}; try {max(1, args.batch // parts) * parts}")
+        if args.batch < WORLD * args.accumulate:
+            raise RunError(f"--batch {args.batch}: fewer images than parts, {WORLD} processes x --accumulate "
+                           f"{args.accumulate}; raise --batch or lower these")
         device = start_processes(args.device)
         if args.dry_run:
             for split, source in open_data(args).items():
@@ -738,6 +745,10 @@ def main():
                 code = 128 + number
     except (RunError, data.DataError, WeightsError, CheckpointError) as error:
         print(f"train.py: {error}", file=sys.stderr)
+        code = 2
+    except OSError as error:                              # a full disk, mostly
+        print(f"train.py: {error.filename or args.out}: {error.strerror or error}; mend that, the same "
+              f"command goes on", file=sys.stderr)
         code = 2
     except (FloatingPointError, LostProcess) as error:
         print(f"train.py: {error}", file=sys.stderr)

@@ -4,9 +4,9 @@
     python tools/ablation.py --data voc --backbone vits16 -- --root /data --accumulate 4
     python tools/ablation.py --rows baseline all --seeds 0 -- --epochs 2
 
-Every run is a train.py of its own, in OUT/<data>-<row>-<seed>; its words go to stderr, the table to stdout.
-The same command again goes on where it stopped and reuses what is finished. Options after -- go to every
-train.py.
+Every run is a train.py of its own, in OUT/<data>-<backbone>-<row>-<seed>; its words go to stderr, the table
+to stdout. The same command again goes on where it stopped and reuses what is finished. Options after -- go to
+every train.py.
 
 In the table, mean ± standard deviation over the seeds: mIoU and accuracy of the last epoch; mIoU of the best
 epoch, chosen on val by the sum of both, as the peers do, and therefore too high; and the first epoch whose
@@ -127,7 +127,7 @@ def main():
     found = {row: {} for row in args.rows}
     for seed in args.seeds:                               # seed by seed: the rows share the caches of a seed
         for row in found:
-            records = run(Path(args.out) / f"{args.data}-{row}-{seed}",
+            records = run(Path(args.out) / "-".join(filter(None, (args.data, args.backbone, row, str(seed)))),
                           [*common, *ROWS[row][2].split(), "--seed", str(seed)])
             if records:
                 found[row][seed] = records
