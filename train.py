@@ -53,7 +53,7 @@ COMMON = dict(
 SETTINGS = {
     "shapes": COMMON | dict(                              # small, so that a CPU is enough; see README's table
         backbone="tiny", size=128, crop=96, bank=128, window=96, batch=16, epochs=10, lr=5e-4,
-        lambdas=(0.3, 1.0, 0.1, 1.0), background=0.2, teacher_start=4, intervals=(2,),
+        lambdas=(0.3, 1.0, 0.1, 1.0), teacher_start=4, intervals=(2,),
         jitter=(0.4, 0.4, 0.4, 0.05)),
     "voc": COMMON | dict(repeat=20, lambdas=(0.3, 1.0, 0.3, 1.0)),
     "voc-aug": COMMON | dict(epochs=150, lr=1e-5),
@@ -136,7 +136,7 @@ def parse(argv=None):
     m.add_argument("--momentum", type=float, metavar="M",
         help="of the moving average, 0 to 1 (default: 0.99)")
     m.add_argument("--background", type=float, metavar="T",
-        help="CAM below half of it is background, 0 to 1 (default: 0.1, TransFGU's; shapes 0.2)")
+        help="CAM below half of it is background, 0 to 1 (default: 0.1, TransFGU's)")
     m.add_argument("--cam-scale", choices=("image", "crop"),
         help="what CAM's minimum and maximum are taken of; crop is TransFGU's (default: image)")
     m.add_argument("--lambdas", type=float, nargs=4, metavar=("SEG", "CE", "UN", "CLS"),
