@@ -12,7 +12,6 @@ decision 20).
 """
 
 import argparse
-import io
 import json
 import sys
 from collections import Counter
@@ -27,7 +26,7 @@ from scipy.optimize import linear_sum_assignment
 import cam
 import data
 import losses
-from model import BACKBONES, DMSA, VisionTransformer, normalise
+from model import BACKBONES, DMSA, VisionTransformer, WeightsError, normalise, read_tensors
 from par import PAR
 
 GROUP = 16                                                # images of one forward pass
@@ -91,17 +90,8 @@ def scores(confusion):
 
 
 def load_checkpoint(file):
-    """The dict that train.py saved: tensors and plain values only. Raises CheckpointError naming the file."""
-    try:
-        content = Path(file).read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot read this checkpoint ({error.strerror})") from None
-    try:
-        checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:                            # torch raises many kinds on a foreign file
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:100]
-        raise CheckpointError(f"{file}: damaged, or not a checkpoint of plain tensors and values: "
-                              f"{reason}") from None
+    """The dict that train.py saved: tensors and plain values. Raises WeightsError, CheckpointError."""
+    checkpoint, _ = read_tensors(file)
     needed = {"student", "teacher", "vit", "args", "names"}
     if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
         raise CheckpointError(f"{file}: not a checkpoint of train.py")
@@ -428,7 +418,7 @@ def main():
             report(scores(total), source.names)
             print(f"epoch {checkpoint['epoch']}, rates {checkpoint['rates']}, {len(source)} images at "
                   f"{'their own size' if args.native else f'{size} x {size}'}")
-    except (data.DataError, CheckpointError, OSError) as error:
+    except (data.DataError, WeightsError, CheckpointError, OSError) as error:
         sys.exit(print(f"eval.py: {error}", file=sys.stderr) or 2)
 
 

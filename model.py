@@ -180,6 +180,20 @@ def initialize(module):
                 nn.init.zeros_(m.bias)
 
 
+def read_tensors(file):
+    """Tensors and plain values of a file, never code: (object, SHA-256). Raises WeightsError naming the file."""
+    try:
+        content = Path(file).read_bytes()
+    except OSError as error:
+        raise WeightsError(f"{file}: cannot read this file ({error.strerror})") from None
+    try:
+        found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:                            # torch raises many kinds on a foreign file
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+        raise WeightsError(f"{file}: not a file of plain tensors, or damaged: {reason}") from None
+    return found, hashlib.sha256(content).hexdigest()
+
+
 def load_dino(vit, file):
     """Load DINO weights strictly into `vit`; returns the file's SHA-256.
 
@@ -187,15 +201,7 @@ def load_dino(vit, file):
              teacher is taken and its projection head left out
     raises   WeightsError naming the file and what does not fit
     """
-    try:
-        content = Path(file).read_bytes()
-    except OSError as error:
-        raise WeightsError(f"{file}: cannot read these weights ({error.strerror})") from None
-    try:
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:                            # torch raises many kinds on a foreign file
-        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
-        raise WeightsError(f"{file}: not a file of plain tensors, or damaged: {reason}") from None
+    state, digest = read_tensors(file)
     if isinstance(state, dict) and "teacher" in state:
         state = {k.removeprefix("module.").removeprefix("backbone."): v for k, v in state["teacher"].items()
                  if ".head." not in f".{k}"}
@@ -211,7 +217,7 @@ def load_dino(vit, file):
             raise WeightsError(f"{file}: {name} is {tuple(state[name].shape)}, this backbone has "
                                f"{tuple(value.shape)} (patch size or width differ); choose --backbone to fit")
     vit.load_state_dict({k: v.float() for k, v in state.items()}, strict=True)
-    return hashlib.sha256(content).hexdigest()
+    return digest
 
 
 def backbone(name, file=None):
