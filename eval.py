@@ -57,7 +57,7 @@ def hungarian(confusion):
     """
     confusion = np.asarray(confusion)
     truth, cluster = linear_sum_assignment(confusion, maximize=True)
-    assignment = np.empty(len(confusion), np.int64)
+    assignment = np.empty(len(confusion), np.int64)       # indexed by cluster, as predictions are
     assignment[cluster] = truth
     return assignment
 
@@ -73,6 +73,7 @@ def scores(confusion):
     """
     confusion = np.asarray(confusion)
     assignment = hungarian(confusion)
+    # IoU needs truth and prediction on the same axis of classes
     matched = np.zeros_like(confusion)
     matched[:, assignment] = confusion                                            # columns now are classes
     right, union = np.diag(matched), matched.sum(0) + matched.sum(1) - np.diag(matched)
@@ -177,6 +178,7 @@ def stages(network, checkpoint, image, par):
     normalised = normalise(pixels)
     upsample = lambda p: F.interpolate(p, size=size, mode="bilinear")
     refine = upsample if par is None else lambda p: par(pixels, p)
+    # the whole image at once, where training sees crops: the labels are those of an uncropped sample
     with torch.no_grad():
         _, A, _ = cam.last_attention(network.vit, normalised)
         attention = A[:, :, 1:].mean(1).unflatten(1, cam.patch_grid(network.vit, normalised))
@@ -338,6 +340,7 @@ def explain(network, checkpoint, args):
     image = data.squash(data.open_image(args.explain, upright=True), checkpoint["args"]["size"])
     par = PAR(tuple(checkpoint["args"]["par"])) if checkpoint["args"]["par"] else None
     attention, maps, *masks = stages(network, checkpoint, image[None], par)
+    # clusters count from 0, classes from the background
     size, first = image.shape[0], int(checkpoint["background"])
     found = np.bincount(masks[0].flatten(), minlength=first + maps.shape[1])[first:].argsort()[::-1][:5]
     top = [image, grey(attention[0], size), *(grey(maps[0, k] / maps.max(), size) for k in found)]

@@ -181,7 +181,7 @@ def initialize(module):
 
 
 def read_tensors(file):
-    """Tensors and plain values of a file, never code: (object, SHA-256). Raises WeightsError naming the file."""
+    """Tensors and plain values of a file, never code: (object, SHA-256). Raises WeightsError naming it."""
     try:
         content = Path(file).read_bytes()
     except OSError as error:

@@ -1563,7 +1563,7 @@ def test_a_run_writes_its_files_and_logs_every_key(uninterrupted):
 @pytest.mark.parametrize("data_set, world", [("voc", 6), ("coco80", 6), ("voc", 8)])
 def test_processes_share_a_batch_that_does_not_divide(monkeypatch, data_set, world):
     args = train.parse(["--data", data_set])
-    args.repeat, samples, sizes = args.batch // 64, [], set()                     # 64 images: one batch an epoch
+    args.repeat, samples, sizes = args.batch // 64, [], set()                     # 64 images: one batch
     monkeypatch.setattr(train, "WORLD", world)
     for rank in range(world):
         monkeypatch.setattr(train, "RANK", rank)
@@ -1773,6 +1773,13 @@ def test_a_folder_of_photographs_trains_and_predicts_without_labels(tmp_path):
     (code, text), = program("eval.py", tmp_path / "run" / "last.pt", "--predict", tmp_path / "in",
                             "--out", tmp_path / "out")
     assert code == 0 and len(list((tmp_path / "out").glob("*_overlay.png"))) == 8, text
+
+
+def test_too_few_windows_for_the_classes_are_one_line_and_exit_code_2(tmp_path):
+    Image.fromarray(data.shapes(0, 64)[0]).save(tmp_path / "a.png")
+    (code, text), = program("train.py", "--data", "folder", "--root", tmp_path, "--classes", "200",
+                            "--backbone", "tiny", "--size", "64", "--batch", "1", "--out", tmp_path / "run")
+    assert code == 2 and "too few for 200 clusters" in text and "Traceback" not in text, text
 
 
 # ----------------------------------------------------------------------------

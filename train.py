@@ -147,6 +147,7 @@ def parse(argv=None):
     m.add_argument("--dropout", type=float, metavar="P",
         help="in the decoder; then results depend on the number of processes (default: 0)")
     args = p.parse_args(argv)
+    # an option that was given wins over the row, the row over the data set's own setting
     for name, value in (SETTINGS[args.data] | ROWS[args.preset]).items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
@@ -262,11 +263,12 @@ def cache(folder, name, key, n, shape, dtype, compute):
         finally:
             part.unlink(missing_ok=True)
     wait()
-    array = np.load(file, mmap_mode="r+")
+    array = np.load(file, mmap_mode="r+")                 # all processes write into one file, each its groups
     missing = [g for g in groups(n, RANK, WORLD) if not array["done"][g.start:g.stop].all()]
     start = time.time()
     for count, group in enumerate(missing, 1):
         array["x"][group.start:group.stop] = compute(group)
+        # only now: a group that a kill cut short is computed again
         array["done"][group.start:group.stop] = 1
         if RANK == 0 and sys.stderr.isatty():
             left = (time.time() - start) / count * (len(missing) - count)
@@ -321,6 +323,7 @@ def prepare(args, sources, vit, digest, device):
             if split == "train":
                 centroids = find_centroids(args, vit, digest, device, source, prints, folder, pool)
             K, grid = len(centroids), S // vit.patch_size
+            # the maps of a split depend on its images, the weights and the centroids, not on k-means' options
             key = [prints, S, digest, hashlib.sha256(centroids.numpy().tobytes()).hexdigest()]
 
             def camera(group):
@@ -332,6 +335,7 @@ def prepare(args, sources, vit, digest, device):
 
 def find_centroids(args, vit, digest, device, source, prints, folder, pool):
     """Windows of the training images -> CLS features -> k-means, things and stuff apart: (K, D)."""
+    # evenly over the list, which data sets sort by class or source
     chosen = np.linspace(0, len(source) - 1, min(len(source), BANK_IMAGES)).round().astype(int)
     side, kinds = args.bank // vit.patch_size, 2 if source.stuff else 1
     shape = kinds, len(cam.windows(side, side, args.scales)), vit.embed_dim
@@ -346,6 +350,7 @@ def find_centroids(args, vit, digest, device, source, prints, folder, pool):
                 row[kind, :len(found[kind])] = found[kind].cpu().numpy()
         return out
 
+    # not in the key: K and the seed, so that other numbers of clusters reuse the windows
     key = [prints, digest, args.bank, args.window, args.scales, kinds]
     bank = cache(folder, f"{args.data}-windows", key, len(chosen), shape, "<f2", features)
     name = hashlib.sha256(json.dumps([key, source.things, source.stuff, args.seed]).encode()).hexdigest()[:16]
@@ -358,7 +363,10 @@ def find_centroids(args, vit, digest, device, source, prints, folder, pool):
             if len(windows) > BANK_WINDOWS:
                 windows = windows[np.sort(rng.choice(len(windows), BANK_WINDOWS, replace=False))]
             say(f"k-means: {len(windows)} windows of {len(chosen)} images, {k} clusters")
-            found.append(cam.cluster(windows, k, args.seed))
+            try:
+                found.append(cam.cluster(windows, k, args.seed))
+            except ValueError as error:                   # fewer windows than clusters
+                raise RunError(f"--data {args.data}: {error}") from None
         part = Path(f"{file}.{os.getpid()}.npy")
         np.save(part, np.concatenate(found))
         part.replace(file)
@@ -620,6 +628,7 @@ def train(args, device, stop):
     vit, weights, digest = loaded or backbone(args.backbone, args.weights)
     say(f"{args.backbone}: {weights}, SHA-256 {digest}")
     vit = vit.to(device).eval().requires_grad_(False)
+    # up to here nothing took long; from here on everything that is computed is kept
     images, labels, maps, centroids = prepare(args, sources, vit, digest, device)
     trainer = Trainer(args, vit, source, centroids, device, state)
     run, log, last_position = trainer.run, out / "log.jsonl", samples // args.batch - 1
@@ -632,13 +641,14 @@ def train(args, device, stop):
     if labels is not None and not run["cam"]:
         run["cam"] = score_cam(args, source, maps["val"], labels, device)
 
-    stop.finish_step = True
+    stop.finish_step = True                               # a signal now ends the step, saves, and leaves
     for epoch in range(run["epoch"] + 1, args.epochs + 1):           # Table 1 counts from 1
         if args.teacher == "reset" and teacher_age(args, epoch) == 0 and run["position"] == 0:
             trainer.replace_teacher()
         begin, waited, first, sums = time.time(), 0.0, run["position"], {}
         for position, parts, seconds in batches(args, images["train"], maps["train"], epoch, first, device):
             torch.manual_seed(args.seed + 1009 * run["step"] + 31 * RANK)         # only dropout draws from it
+            # Fig. 2, top, for all parts first: the losses' means need the pixels of the whole batch
             todo, counts = trainer.pseudo_labels(parts, epoch)
             # in one message: pixel counts, and to how many processes each signal came (0: none)
             signals = F.one_hot(torch.tensor(stop.signal, device=device), 65)
