@@ -129,7 +129,9 @@ def main():
         rates = dilation_rates(epoch)
         print(f"{str(rates):16} {[output_size(grid, 3, r, padding=r) for r in rates[1:]]}")
         left, top, centre = gap + column * (grid * cell + gap), 40, grid // 2 - 1
+        lost = sum(rate > grid - 1 - centre for rate in rates[1:])
         draw.text((left, 8), f"{name}:  {list(rates)}", "black")
+        draw.text((left, 22), f"{lost} of 3 branches read zeros around it" if lost else "", "black")
         for y in range(grid):
             for x in range(grid):
                 box = [left + x * cell, top + y * cell, left + (x + 1) * cell, top + (y + 1) * cell]

@@ -5,7 +5,8 @@
 
 "The method borrowed from TransFGU" (DMSA Sec. 4.1). Nothing here is trained and no label is used.
 Needs torch, numpy and scipy; the ViT is an argument: any with DINO's names (prepare_tokens, patch_embed.proj,
-blocks, norm; in a block norm1, attn.qkv, attn.proj, attn.num_heads, norm2, mlp). Copy this file anywhere.
+blocks, norm; in a block norm1, attn.qkv, attn.proj, attn.num_heads, norm2, mlp), its order of q, k, v, one
+token besides the patches, and no LayerScale. Copy this file anywhere (the picture needs pillow).
 
     python cam.py         # writes cam.png: windows and class maps, by a ViT small enough to write by hand
 """
@@ -138,7 +139,7 @@ def window_features(vit, image, size, scales=THING_SCALES, stuff=False, batch=16
 
 
 def cluster(features, k, seed=0, restarts=5):
-    """k-means of features (M, D): centroids (k, D) float32, of the best of several starts.
+    """k-means of features (M, D), numpy or CPU tensor: centroids (k, D), numpy float32; best of some starts.
 
     Euclidean distance of un-normalised features, as TransFGU; its single start at random points often sticks
     in a poor optimum. Raises ValueError if there are fewer than k features.
@@ -260,7 +261,8 @@ def main():
     tiles = [("image and kept windows", picture[0]),
              ("attention of CLS", (attention / attention.max()).expand(3, -1, -1))]
     maps = class_activation_maps(vit, picture, centroids)[0]
-    tiles += [(f"map of cluster {k}", (cam / maps.max()).expand(3, -1, -1)) for k, cam in enumerate(maps)]
+    for k, cam in enumerate(maps / maps.max()):
+        tiles += [(f"map of cluster {k}" + (": not here" if cam.max() < 0.1 else ""), cam.expand(3, -1, -1))]
     page = Image.new("RGB", (len(tiles) * (cell + 10) + 10, cell + 40), "white")
     draw = ImageDraw.Draw(page)
     for i, (title, pixels) in enumerate(tiles):

@@ -499,7 +499,8 @@ def to_float(image):
 def crop(image, cam, draws, size, patch, label=None):
     """Cut and mirror image, CAM and label alike, by one affine grid.
 
-    image (B, 3, S, S), cam (B, K, h, w), label (B, S, S) or None; draws (B, 10) of `draw`
+    image (B, 3, S, S), square (`squash`), cam (B, K, h, w), label (B, S, S) or None; draws (B, 10) of `draw`;
+    size a multiple of patch, both in pixels
     returns  (B, 3, size, size), (B, K, size / patch, size / patch) averaged over patches, (B, size, size) or
              None
     """

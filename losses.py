@@ -93,7 +93,7 @@ def cross_entropy_loss(logits, label, permutation=None, alpha=0.0, count=None):
     count        pixels to divide by; default B * H * W
     returns      ()            negative where the wrong class is far less likely than the label
     """
-    log_p = logits.log_softmax(1)                         # shared by both terms
+    log_p = logits.float().log_softmax(1)                 # shared by both terms; sums overflow in float16
     loss = F.nll_loss(log_p, label, reduction="sum")
     if permutation is not None:
         loss = loss - alpha * F.nll_loss(log_p, permutation[label], reduction="sum")
@@ -111,7 +111,8 @@ def segmentation_loss(logits, label, foreground=None, counts=None, ignore=255):
     """
     foreground = label != 0 if foreground is None else foreground
     valid = label != ignore
-    ce = F.cross_entropy(logits, label, ignore_index=ignore, reduction="none")    # (B, H, W), 0 where ignored
+    # (B, H, W), 0 where ignored
+    ce = F.cross_entropy(logits.float(), label, ignore_index=ignore, reduction="none")
     halves = (valid & ~foreground, valid & foreground)
     if counts is None:
         counts = [half.sum() for half in halves]
@@ -126,7 +127,7 @@ def uncertainty_loss(logits, foreground, count=None):
     count       pixels to divide by; default those of `foreground`
     returns     ()            in [0, 1]; 0, not NaN, without foreground
     """
-    p1, p2 = logits.softmax(1).topk(2, dim=1).values.unbind(1)                    # (B, H, W) each
+    p1, p2 = logits.float().softmax(1).topk(2, dim=1).values.unbind(1)            # (B, H, W) each
     doubt = (1 - (p1 - p2)) * foreground
     return doubt.sum() / max(float(foreground.sum() if count is None else count), 1.0)
 

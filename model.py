@@ -189,7 +189,7 @@ def read_tensors(file):
     try:
         found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:                            # torch raises many kinds on a foreign file
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+        reason = f"{type(error).__name__} {error}".splitlines()[0][:120]
         raise WeightsError(f"{file}: not a file of plain tensors, or damaged: {reason}") from None
     return found, hashlib.sha256(content).hexdigest()
 
@@ -326,6 +326,8 @@ class DMSA(nn.Module):
     vit        pretrained VisionTransformer; frozen here
     n_classes  N, background included
     momentum   of the teacher's moving average
+
+    After each step of an optimizer on `student`, call `teacher.update_parameters(student)`.
     """
 
     def __init__(self, vit, n_classes, use_aspp=True, dropout=0.0, momentum=0.99):

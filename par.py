@@ -79,7 +79,7 @@ class PAR(nn.Module):
 
         Masks are first resized to the image (bilinear, align_corners=True, as AFA does). The weights sum to
         1 + omega3, so `iterations` rounds multiply a constant mask by (1 + omega3)^iterations (1.1046 by
-        default); the arg max is unaffected. Raises ValueError if the batch sizes differ.
+        default); the arg max is unaffected. No gradient passes. Raises ValueError if the batch sizes differ.
         """
         if len(image) != len(masks):
             raise ValueError(f"{len(image)} images but {len(masks)} masks")
