@@ -491,9 +491,9 @@ def draw(seed, epoch, sample, jitter=JITTER):
                      u[9] < 0.2, (u[10] < 0.2) * (1 + 5 * u[10])], np.float32)
 
 
-def to_float(image):
-    """uint8 (B, H, W, 3), numpy or torch -> float (B, 3, H, W) in 0..1."""
-    return torch.as_tensor(image).permute(0, 3, 1, 2).float() / 255
+def to_float(image, device=None):
+    """uint8 (B, H, W, 3), numpy or torch -> float (B, 3, H, W) in 0..1, on `device` if given."""
+    return torch.as_tensor(image, device=device).permute(0, 3, 1, 2).float() / 255
 
 
 def crop(image, cam, draws, size, patch, label=None):

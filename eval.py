@@ -115,7 +115,7 @@ def segment(network, image, rates, size, par=None):
 
     size   (rows, columns) that the logits are enlarged to before the arg max; par: refine there with this PAR
     """
-    image = data.to_float(image).to(network.vit.cls_token.device)                 # (B, 3, H, W)
+    image = data.to_float(image, network.vit.cls_token.device)                    # (B, 3, H, W)
     logits = network(normalise(image), rates)                                     # (B, N, h, w)
     if par is not None:
         return par(F.interpolate(image, size=size, mode="bilinear"), logits.softmax(1)).argmax(1).byte()
@@ -174,7 +174,7 @@ def stages(network, checkpoint, image, par):
     """
     args, size, background = checkpoint["args"], image.shape[1:3], checkpoint["background"]
     device = network.vit.cls_token.device
-    pixels = data.to_float(image).to(device)
+    pixels = data.to_float(image, device)
     normalised = normalise(pixels)
     upsample = lambda p: F.interpolate(p, size=size, mode="bilinear")
     refine = upsample if par is None else lambda p: par(pixels, p)

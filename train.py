@@ -327,7 +327,7 @@ def prepare(args, sources, vit, digest, device):
             key = [prints, S, digest, hashlib.sha256(centroids.numpy().tobytes()).hexdigest()]
 
             def camera(group):
-                image = normalise(data.to_float(images[split][group.start:group.stop]).to(device))
+                image = normalise(data.to_float(images[split][group.start:group.stop], device))
                 return min_max(cam.class_activation_maps(vit, image, centroids.to(device))).cpu().numpy()
             maps[split] = cache(folder, f"{name}-cam", key, n, (K, grid, grid), "<f2", camera)
     return images, labels, maps, centroids
@@ -335,7 +335,7 @@ def prepare(args, sources, vit, digest, device):
 
 def find_centroids(args, vit, digest, device, source, prints, folder, pool):
     """Windows of the training images -> CLS features -> k-means, things and stuff apart: (K, D)."""
-    # evenly over the list, which data sets sort by class or source
+    # evenly over the list: it may be sorted
     chosen = np.linspace(0, len(source) - 1, min(len(source), BANK_IMAGES)).round().astype(int)
     side, kinds = args.bank // vit.patch_size, 2 if source.stuff else 1
     shape = kinds, len(cam.windows(side, side, args.scales)), vit.embed_dim
@@ -344,7 +344,7 @@ def find_centroids(args, vit, digest, device, source, prints, folder, pool):
         out = np.full((len(group), *shape), np.nan, np.float16)                   # NaN: no such window
         loaded = pool.map(lambda i: data.squash(source.image(chosen[i]), args.bank), group)
         for row, image in zip(out, loaded):
-            image = normalise(data.to_float(image[None]).to(device))
+            image = normalise(data.to_float(image[None], device))
             found = cam.window_features(vit, image, args.window, args.scales, kinds == 2)
             for kind in range(kinds):
                 row[kind, :len(found[kind])] = found[kind].cpu().numpy()
@@ -460,7 +460,7 @@ def batches(args, images, maps, epoch, first, device):
             parts = ahead.result()
             waited = time.time() - begin
             ahead = pool.submit(load, step + 1) if step + 1 < steps else None
-            yield step, [(samples, data.to_float(image.to(device)), cams.to(device).float(),
+            yield step, [(samples, data.to_float(image, device), cams.to(device).float(),
                           draws.to(device)) for samples, image, cams, draws in parts], waited
 
 
