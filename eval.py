@@ -307,7 +307,7 @@ def predict(network, checkpoint, args):
         picture.putpalette(colours.flatten().tolist())
         picture.save(f"{target}.png")
         Image.fromarray((0.5 * image + 0.5 * colours[mask]).astype(np.uint8)).save(f"{target}_overlay.png")
-    page([], ["legend"] * 6, checkpoint["names"], colours).save(out / "legend.png")
+    page([], ["legend", *[""] * 5], checkpoint["names"], colours).save(out / "legend.png")
     print(f"wrote {len(found)} masks, {len(found)} overlays and legend.png to {out}/")
 
 
