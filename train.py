@@ -765,10 +765,9 @@ def main():
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    if WORLD > 1 and dist.is_initialized() and code == 0:
-        dist.destroy_process_group()
-    if code:
-        os._exit(code)                                    # no clean-up that could wait for other processes
+    # all is written; torch's clean-up could wait for other processes, and now and then aborts (3 of 40 runs)
+    if code or WORLD > 1:
+        os._exit(code)
 
 
 if __name__ == "__main__":
