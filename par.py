@@ -38,6 +38,14 @@ def neighbours(x, dilations):
         yield padded[:, :, pad + dy:pad + dy + H, pad + dx:pad + dx + W]
 
 
+def neighbour_index(H, W, dilations):
+    """Where the same neighbours lie in a flattened map: (HW, N) int32 of rows y * W + x, N = 8 * |dilations|."""
+    dy, dx = torch.tensor(offsets(dilations), dtype=torch.int32).T                # (N,) each
+    y = (torch.arange(H, dtype=torch.int32)[:, None] + dy).clamp(0, H - 1)        # (H, N), border replicated
+    x = (torch.arange(W, dtype=torch.int32)[:, None] + dx).clamp(0, W - 1)        # (W, N)
+    return (y[:, None] * W + x).flatten(0, 1)
+
+
 def affinity(image, dilations=DILATIONS, omega3=OMEGA3, bandwidth=BANDWIDTH):
     """Eq. 4: k = softmax(k_rgb) + omega3 * softmax(k_pos), both over the N = 8 * |dilations| neighbours.
 
@@ -83,15 +91,19 @@ class PAR(nn.Module):
         """
         if len(image) != len(masks):
             raise ValueError(f"{len(image)} images but {len(masks)} masks")
+        B, _, H, W = image.shape
         image = image.float()                                                     # also under autocast
-        masks = F.interpolate(masks.float(), size=image.shape[2:], mode="bilinear", align_corners=True)
+        masks = F.interpolate(masks.float(), size=(H, W), mode="bilinear", align_corners=True)
         k = affinity(image, self.dilations, self.omega3, self.bandwidth)          # once: (B, N, H, W)
-        for _ in range(self.iterations):
-            refined = torch.zeros_like(masks)                                     # (B, C, H, W)
-            for n, neighbour in enumerate(neighbours(masks, self.dilations)):
-                refined.addcmul_(k[:, n:n + 1], neighbour)
-            masks = refined
-        return masks
+        index = neighbour_index(H, W, self.dilations).to(image.device)            # (HW, N)
+        refined = torch.empty(B, H * W, masks.shape[1], device=image.device)      # a pixel's channels together
+        for b in range(B):                                # one image at a time stays in the cache
+            weights = k[b].flatten(1).T.contiguous()                              # (HW, N)
+            mask = masks[b].flatten(1).T.contiguous()                             # (HW, C)
+            for _ in range(self.iterations):              # row p: sum over n of weights[p, n] * mask[index[p, n]]
+                mask = F.embedding_bag(index, mask, mode="sum", per_sample_weights=weights)
+            refined[b] = mask
+        return refined.transpose(1, 2).unflatten(2, (H, W))                       # (B, C, H, W)
 
 
 # ----------------------------------------------------------------------------
