@@ -39,7 +39,7 @@ def neighbours(x, dilations):
 
 
 def neighbour_index(H, W, dilations):
-    """Where the same neighbours lie in a flattened map: (HW, N) int32 of rows y * W + x, N = 8 * |dilations|."""
+    """Where the same neighbours lie in a flattened map: (HW, N) int32 of y * W + x, N = 8 * |dilations|."""
     dy, dx = torch.tensor(offsets(dilations), dtype=torch.int32).T                # (N,) each
     y = (torch.arange(H, dtype=torch.int32)[:, None] + dy).clamp(0, H - 1)        # (H, N), border replicated
     x = (torch.arange(W, dtype=torch.int32)[:, None] + dx).clamp(0, W - 1)        # (W, N)
@@ -96,11 +96,11 @@ class PAR(nn.Module):
         masks = F.interpolate(masks.float(), size=(H, W), mode="bilinear", align_corners=True)
         k = affinity(image, self.dilations, self.omega3, self.bandwidth)          # once: (B, N, H, W)
         index = neighbour_index(H, W, self.dilations).to(image.device)            # (HW, N)
-        refined = torch.empty(B, H * W, masks.shape[1], device=image.device)      # a pixel's channels together
+        refined = torch.empty(B, H * W, masks.shape[1], device=image.device)      # channels side by side
         for b in range(B):                                # one image at a time stays in the cache
             weights = k[b].flatten(1).T.contiguous()                              # (HW, N)
             mask = masks[b].flatten(1).T.contiguous()                             # (HW, C)
-            for _ in range(self.iterations):              # row p: sum over n of weights[p, n] * mask[index[p, n]]
+            for _ in range(self.iterations):              # row p: sum of weights[p, n] * mask[index[p, n]]
                 mask = F.embedding_bag(index, mask, mode="sum", per_sample_weights=weights)
             refined[b] = mask
         return refined.transpose(1, 2).unflatten(2, (H, W))                       # (B, C, H, W)

@@ -20,6 +20,7 @@ import resource
 import signal
 import sys
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -232,6 +233,17 @@ class Stop:
         self.signal = number
         if not self.finish_step:
             os._exit(128 + number)                        # caches resume by themselves
+
+    def summed(self, counts):
+        """Sum of `counts` over all processes, and the signal that reached any of them, 0 if none did.
+
+        A signal may reach one process only, or each at another step. It travels with the counts, so that all
+        learn of it at the same step, leave together, and no message is spent on it.
+        """
+        signals = F.one_hot(torch.tensor(self.signal, device=counts.device), 65)
+        counts, signals = summed(torch.cat([counts, signals])).split([len(counts), 65])
+        reached = signals[1:].nonzero().flatten().tolist()
+        return counts, reached[0] + 1 if reached else 0
 
 
 # ----------------------------------------------------------------------------
@@ -509,39 +521,44 @@ class Trainer:
 
     @torch.no_grad()
     def pseudo_labels(self, parts, epoch):
-        """Fig. 2, top: [(features, label, foreground)] of the parts and their summed pixel counts (4,)."""
+        """Fig. 2, top. parts of `batches` -> [(samples, features, label, foreground)] for `learn`, and their
+        summed pixel counts (4,)."""
         args, network, out = self.args, self.network, []
         counts = torch.zeros(4, dtype=torch.int64, device=self.device)
-        for _, image, cams, draws in parts:
+        refine = self.upsample if self.par is None else lambda maps: self.par(image, maps)
+        for samples, image, cams, draws in parts:
+            # PAR sees the crop before colour jitter, the network after it (decision 24)
             image, cams, _ = data.crop(image, cams, draws, args.crop, network.vit.patch_size)
             with self.low_precision():
-                features = network.features(normalise(data.augment(image, draws)))    # once for both heads
-                teacher = None
+                features = network.features(normalise(data.augment(image, draws)))    # (b, D, h, w), twice
+                teacher = None                            # (b, N, h, w) logits once the teacher takes part
                 if teacher_age(args, epoch) is not None:
                     teacher = network.decode(network.teacher, features, self.rates(epoch))[0].float()
-            refine = self.upsample if self.par is None else lambda maps: self.par(image, maps)
             label, foreground, _ = pseudo_label(cams, teacher, refine, args.teacher_weight,
                                                 self.source.background, args.background,
-                                                args.cam_scale == "image")
-            out.append((features, label, foreground))
+                                                args.cam_scale == "image")        # (b, H, W) each
+            out.append((samples, features, label, foreground))
             counts += pixel_counts(label, foreground, self.thing)
         return out, counts
 
     def learn(self, parts, counts, epoch):
         """Fig. 2, bottom: losses and gradients of the parts, summed over all processes; one optimizer step.
 
-        parts of `pseudo_labels`; counts (4,) of the whole batch. Returns the losses {"seg", "ce", "un",
-        "cls", "all"}, and what is not finite in words: "" if all is.
+        parts   of `pseudo_labels`; counts (4,) of the whole batch: with them the parts' losses add up to the
+                batch's (losses.py), so that cutting it differently changes nothing
+        returns {"seg", "ce", "un", "cls", "all"} of the batch
+        raises  FloatingPointError, on all processes, if a loss or gradient is not finite; nothing has moved
         """
-        args, network, N = self.args, self.network, len(self.source.names)
-        age = teacher_age(args, epoch)
-        permutation, alpha = None, 0.0
+        args, network = self.args, self.network
+        permutation, alpha, age = None, 0.0, teacher_age(args, epoch)
         if age is not None:                               # one for the whole batch, the same on every process
             rng = np.random.default_rng((args.seed, epoch, self.run["step"], 0))
-            permutation, alpha = torch.from_numpy(rng.permutation(N)).to(self.device), permutation_weight(age)
+            permutation = torch.from_numpy(rng.permutation(len(self.source.names))).to(self.device)
+            alpha = permutation_weight(age)
+        torch.manual_seed(args.seed + 1009 * self.run["step"] + 31 * RANK)        # only dropout draws from it
         values = torch.zeros(5, device=self.device)
         self.optimizer.zero_grad()
-        for features, label, foreground in parts:
+        for _, features, label, foreground in parts:
             with self.low_precision():
                 logits, class_embeddings = network.decode(network.student, features, self.rates(epoch))
             loss = dmsa_losses(self.upsample(logits.float()), class_embeddings.float(), label, foreground,
@@ -552,14 +569,26 @@ class Trainer:
         sums = summed(torch.cat([p.grad.flatten() for p in self.params] + [values]))
         *gradients, values = sums.split([p.numel() for p in self.params] + [5])
         values = dict(zip(loss, values.tolist()))
-        wrong = not_finite(values, gradients, network.student)
-        if not wrong:
-            for p, g in zip(self.params, gradients):
-                p.grad.copy_(g.view_as(p).clamp(-1, 1))   # as TransFGU
-            self.optimizer.step()
-            if args.teacher == "ema":
-                network.teacher.update_parameters(network.student)
-        return values, wrong
+        if wrong := not_finite(values, gradients, network.student):
+            names = [str(self.source.ids[s % len(self.source)]) for part in parts for s in part[0]]
+            raise FloatingPointError(f"step {self.run['step'] + 1}: {wrong} not finite; the first samples of "
+                                     f"process {RANK}: {', '.join(names[:8])}; the last checkpoint is kept")
+        for p, gradient in zip(self.params, gradients):
+            p.grad.copy_(gradient.view_as(p).clamp(-1, 1))                        # as TransFGU
+        self.optimizer.step()
+        if args.teacher == "ema":
+            network.teacher.update_parameters(network.student)
+        return values
+
+    def score(self, images, labels, epoch):
+        """Scores of the student on val with this epoch's rates; keeps the assignment of clusters to classes."""
+        self.network.eval()
+        total = evaluate(self.network, images, labels, self.rates(epoch), RANK, WORLD)
+        self.network.train()
+        result = scores(summed(total.to(self.device)).cpu())
+        self.run["assignment"] = result["assignment"].tolist()
+        return {"miou": result["miou"], "accuracy": result["accuracy"], **self.run["cam"],
+                "clusters": result["clusters"], "entropy": result["entropy"]}
 
     def checkpoint(self):
         """All that resuming, predicting and explaining need: tensors and plain values."""
@@ -610,6 +639,25 @@ def score_cam(args, source, maps, labels, device):
     return {"cam_miou": coarse["miou"], "cam_accuracy": coarse["accuracy"]}
 
 
+def open_log(out, state):
+    """log.jsonl without the lines after the checkpoint, which will be written again."""
+    log = out / "log.jsonl"
+    if RANK == 0:
+        lines = log.read_text().splitlines(True) if state and log.exists() else []
+        whole = [line for line in lines if line.endswith("\n")]                   # a kill may cut the last
+        log.write_text("".join(line for line in whole if json.loads(line)["step"] <= state["step"]))
+    return log
+
+
+def speed(args, device, steps, seconds, waited):
+    """What an epoch of `steps` steps cost: images per second, share of waiting for data, memory in GB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    return {"images_per_s": steps * args.batch / seconds, "data_wait": waited / seconds,
+            "peak_gb": peak / 1e9}
+
+
 def train(args, device, stop):
     """The whole run: prepare, loop, evaluate, save. Returns the number of the signal that ended it, or 0."""
     out = Path(args.out)
@@ -619,8 +667,8 @@ def train(args, device, stop):
             f"or use another --out")
         return 0
     sources = open_data(args)
-    source, samples = sources["train"], len(sources["train"]) * args.repeat
-    if samples < args.batch:
+    source, steps = sources["train"], len(sources["train"]) * args.repeat // args.batch
+    if not steps:
         raise RunError(f"--batch {args.batch}: larger than an epoch of {len(source)} images x {args.repeat}; "
                        f"lower it")
     loaded = backbone(args.backbone, args.weights) if LOCAL == 0 else None        # one a machine fetches
@@ -630,62 +678,43 @@ def train(args, device, stop):
     vit = vit.to(device).eval().requires_grad_(False)
     # up to here nothing took long; from here on everything that is computed is kept
     images, labels, maps, centroids = prepare(args, sources, vit, digest, device)
-    trainer = Trainer(args, vit, source, centroids, device, state)
-    run, log, last_position = trainer.run, out / "log.jsonl", samples // args.batch - 1
+    trainer, log = Trainer(args, vit, source, centroids, device, state), open_log(out, state)
+    run = trainer.run
     if state:
         say(f"{out}: going on after epoch {run['epoch']}, step {run['step']}")
-    if RANK == 0:                                         # lines after the checkpoint will be written again
-        lines = log.read_text().splitlines(True) if state and log.exists() else []
-        whole = [line for line in lines if line.endswith("\n")]
-        log.write_text("".join(line for line in whole if json.loads(line)["step"] <= run["step"]))
     if labels is not None and not run["cam"]:
         run["cam"] = score_cam(args, source, maps["val"], labels, device)
 
     stop.finish_step = True                               # a signal now ends the step, saves, and leaves
     for epoch in range(run["epoch"] + 1, args.epochs + 1):           # Table 1 counts from 1
-        if args.teacher == "reset" and teacher_age(args, epoch) == 0 and run["position"] == 0:
+        first, begin, waited, sums = run["position"], time.time(), 0.0, Counter()
+        if args.teacher == "reset" and teacher_age(args, epoch) == 0 and first == 0:
             trainer.replace_teacher()
-        begin, waited, first, sums = time.time(), 0.0, run["position"], {}
         for position, parts, seconds in batches(args, images["train"], maps["train"], epoch, first, device):
-            torch.manual_seed(args.seed + 1009 * run["step"] + 31 * RANK)         # only dropout draws from it
-            # Fig. 2, top, for all parts first: the losses' means need the pixels of the whole batch
-            todo, counts = trainer.pseudo_labels(parts, epoch)
-            # in one message: pixel counts, and to how many processes each signal came (0: none)
-            signals = F.one_hot(torch.tensor(stop.signal, device=device), 65)
-            counts, signals = summed(torch.cat([counts, signals])).split([4, 65])
-            values, wrong = trainer.learn(todo, counts, epoch)
-            if wrong:                                     # on all processes alike: the sums are the same
-                names = [str(source.ids[s % len(source)]) for part in parts for s in part[0]]
-                raise FloatingPointError(f"step {run['step'] + 1}: {wrong} not finite; the first samples of "
-                                         f"process {RANK}: {', '.join(names[:8])}; the last checkpoint is "
-                                         f"kept")
+            # for all parts first: the means of the losses need the pixels of the whole batch
+            parts, counts = trainer.pseudo_labels(parts, epoch)      # Fig. 2, top
+            counts, ended_by = stop.summed(counts)
+            losses = trainer.learn(parts, counts, epoch)             # Fig. 2, bottom; Eq. 6
             run["step"], run["position"], waited = run["step"] + 1, position + 1, waited + seconds
-            sums = {k: sums.get(k, 0.0) + v for k, v in values.items()}
-            record = {"epoch": epoch, "step": run["step"], **values, "rates": list(trainer.rates(epoch)),
+            sums.update(losses)
+            record = {"epoch": epoch, "step": run["step"], **losses, "rates": list(trainer.rates(epoch)),
                       "lr": args.lr}
-            ended_by = int(signals[1:].nonzero()[0]) + 1 if signals[1:].any() else 0
-            if position == last_position:
-                elapsed, steps = time.time() - begin, position + 1 - first
-                peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-                if device.type == "cuda":
-                    peak = torch.cuda.max_memory_allocated()
-                record |= {"images_per_s": steps * args.batch / elapsed, "data_wait": waited / elapsed,
-                           "peak_gb": peak / 1e9}
+            if position == steps - 1:
+                record |= speed(args, device, steps - first, time.time() - begin, waited)
                 if labels is not None:
-                    record |= score_and_assign(trainer, images["val"], labels, epoch)
+                    record |= trainer.score(images["val"], labels, epoch)
             if RANK == 0:
                 with open(log, "a") as f:
                     f.write(json.dumps(record) + "\n")
-            if ended_by and position < last_position:
+            if ended_by and position < steps - 1:
                 trainer.save("last.pt")
                 return ended_by
-        run["epoch"], run["position"] = epoch, 0
+        run["epoch"], run["position"], names = epoch, 0, ["last.pt"]
         if labels is not None and record["miou"] + record["accuracy"] > run["best"]:
             run["best"], run["best_epoch"] = record["miou"] + record["accuracy"], epoch
-            trainer.save("best.pt", "last.pt")            # chosen on val, as the peers do
-        else:
-            trainer.save("last.pt")
-        means = "  ".join(f"{k} {v / steps:.4f}" for k, v in sums.items())
+            names = ["best.pt", "last.pt"]                # chosen on val, as the peers do
+        trainer.save(*names)
+        means = "  ".join(f"{name} {value / (steps - first):.4f}" for name, value in sums.items())
         shown = "" if labels is None else (f"  mIoU {record['miou']:.2f} accuracy {record['accuracy']:.2f} "
                                            f"clusters {record['clusters']}")
         say(f"epoch {epoch}/{args.epochs}  {means}{shown}  rates {record['rates']}  "
@@ -695,17 +724,6 @@ def train(args, device, stop):
             return ended_by
     finish(trainer, images["train" if labels is None else "val"], labels, log)
     return 0
-
-
-def score_and_assign(trainer, images, labels, epoch):
-    """Evaluate the student on val with this epoch's rates; keeps the assignment of clusters to classes."""
-    trainer.network.eval()
-    total = evaluate(trainer.network, images, labels, trainer.rates(epoch), RANK, WORLD)
-    trainer.network.train()
-    result = scores(summed(total.to(trainer.device)).cpu())
-    trainer.run["assignment"] = result["assignment"].tolist()
-    return {"miou": result["miou"], "accuracy": result["accuracy"], **trainer.run["cam"],
-            "clusters": result["clusters"], "entropy": result["entropy"]}
 
 
 def finish(trainer, images, labels, log):

@@ -11,8 +11,8 @@ every train.py.
 In the table, mean ± standard deviation over the seeds: mIoU and accuracy of the last epoch; mIoU of the best
 epoch, chosen on val by the sum of both, as the peers do, and therefore too high; and the first epoch whose
 mIoU is above the best epoch of the same seed's baseline. With `shapes` another seed also means other scenes,
-some of them harder, so that rows are best compared seed by seed: the column "less all" is the mean ± standard
-deviation of the row's mIoU minus that of `all` with the same seed.
+some of them harder. Rows are therefore also compared seed by seed: mean ± standard deviation of the last
+mIoU minus that of the same seed's baseline (rows that add to it, and `all`) or of its `all` (the rest).
 """
 
 import argparse
@@ -93,16 +93,19 @@ def passes(runs, baseline):
     return f"{statistics.mean(reached):.1f}{share}"
 
 
-def less(runs, reference):
-    """Mean ± standard deviation, over the seeds that both have, of the last mIoU minus the reference's."""
-    values = [runs[seed][-1]["miou"] - reference[seed][-1]["miou"] for seed in runs if seed in reference]
-    return spread(values, "+") if values else "–"
+def against(row, found):
+    """The last mIoU minus the reference row's, mean ± standard deviation over the seeds that both have."""
+    name = "baseline" if row in ("seg", "aspp", "par", "all") else "all"
+    runs, other = found[row], found.get(name, {})
+    values = [runs[seed][-1]["miou"] - other[seed][-1]["miou"] for seed in runs if seed in other]
+    return f"{spread(values, '+')} to {name}" if values else "–"
 
 
 def table(found, paper):
     """The lines of the table. found: {row: {seed: evaluations}}; paper: {row: (mIoU, accuracy)} or None."""
-    columns = ["method", "L_seg", "ASPP", "PAR", "mIoU", "less all", "accuracy",
-               "best epoch's mIoU (chosen on val)", "first epoch above the baseline's best", *(["paper's mIoU", "accuracy"] if paper else [])]
+    columns = ["method", "L_seg", "ASPP", "PAR", "mIoU", "seed by seed", "accuracy",
+               "best epoch's mIoU (chosen on val)", "first epoch above the baseline's best",
+               *(["paper's mIoU", "accuracy"] if paper else [])]
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for row, runs in found.items():
         name, marks, _ = ROWS[row]
@@ -110,7 +113,7 @@ def table(found, paper):
         if runs:
             ends = [records[-1] for records in runs.values()]
             cells[4:] = [spread([r["miou"] for r in ends]),
-                         "–" if row == "all" else less(runs, found.get("all", {})),
+                         "–" if row == "baseline" else against(row, found),
                          spread([r["accuracy"] for r in ends]),
                          spread([best(records)["miou"] for records in runs.values()]),
                          "–" if row == "baseline" else passes(runs, found.get("baseline", {}))]
