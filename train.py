@@ -581,7 +581,7 @@ class Trainer:
         return values
 
     def score(self, images, labels, epoch):
-        """Scores of the student on val with this epoch's rates; keeps the assignment of clusters to classes."""
+        """Scores of the student on val with this epoch's rates; keeps the cluster -> class assignment."""
         self.network.eval()
         total = evaluate(self.network, images, labels, self.rates(epoch), RANK, WORLD)
         self.network.train()
