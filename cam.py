@@ -21,7 +21,7 @@ THING_SCALES = (0.6, 0.5, 0.4, 0.3)                       # sides of the windows
 SCENE_SCALES = (0.5, 0.4, 0.3, 0.2)                       # COCO
 COVER, CLEAR = 0.5, 0.8                                   # a window is kept with more foreground / background
 KEEP_MASS = 0.8                                           # share of a map's mass that is kept
-# All constants, and those inside the functions, are TransFGU's.
+# All constants, and those inside the functions, are TransFGU's, but for the restarts of `cluster`.
 
 
 # ----------------------------------------------------------------------------

@@ -88,7 +88,8 @@ def cross_entropy_loss(logits, label, permutation=None, alpha=0.0, count=None):
 
     logits       (B, N, H, W)
     label        (B, H, W)     int64 in 0..N-1
-    permutation  (N,)          int64, gives the class to be pushed away from; None without a teacher
+    permutation  (N,)          int64, gives the class to be pushed away from, a fixed point being none; None
+                               without a teacher
     alpha        weight of the second term (`permutation_weight`)
     count        pixels to divide by; default B * H * W
     returns      ()            negative where the wrong class is far less likely than the label

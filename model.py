@@ -325,6 +325,7 @@ class DMSA(nn.Module):
 
     vit        pretrained VisionTransformer; frozen here
     n_classes  N, background included
+    use_aspp   without, the head is the decoder alone; dropout: in the decoder
     momentum   of the teacher's moving average
 
     After each step of an optimizer on `student`, call `teacher.update_parameters(student)`.

@@ -29,7 +29,7 @@ def offsets(dilations):
 def neighbours(x, dilations):
     """Yield, for each offset (dy, dx), x (B, C, H, W) read at (y + dy, x + dx); the border is replicated.
 
-    The yielded tensors are views of one padded copy, so that nothing of size 8 * |dilations| is made.
+    The yielded tensors are views of one padded copy, so that no copy is made for each neighbour.
     """
     H, W = x.shape[2:]
     pad = max(dilations)
@@ -63,7 +63,7 @@ def affinity(image, dilations=DILATIONS, omega3=OMEGA3, bandwidth=BANDWIDTH):
                          for n in neighbours(image, dilations)], dim=1)           # (B, N, H, W)
     distance = image.new_tensor([math.hypot(dy, dx) for dy, dx in offsets(dilations)])
     k_pos = -(distance / ((distance.std() + EPS) * bandwidth)) ** 2               # (N,)
-    return k_rgb.softmax(1) + omega3 * k_pos.softmax(0).view(1, N, 1, 1)
+    return k_rgb.softmax(1).add_(omega3 * k_pos.softmax(0).view(1, N, 1, 1))
 
 
 class PAR(nn.Module):
@@ -94,15 +94,15 @@ class PAR(nn.Module):
         B, _, H, W = image.shape
         image = image.float()                                                     # also under autocast
         masks = F.interpolate(masks.float(), size=(H, W), mode="bilinear", align_corners=True)
-        k = affinity(image, self.dilations, self.omega3, self.bandwidth)          # once: (B, N, H, W)
         index = neighbour_index(H, W, self.dilations).to(image.device)            # (HW, N)
         refined = torch.empty(B, H * W, masks.shape[1], device=image.device)      # channels side by side
         for b in range(B):                                # one image at a time stays in the cache
-            weights = k[b].flatten(1).T.contiguous()                              # (HW, N)
-            mask = masks[b].flatten(1).T.contiguous()                             # (HW, C)
-            for _ in range(self.iterations):              # row p: sum of weights[p, n] * mask[index[p, n]]
-                mask = F.embedding_bag(index, mask, mode="sum", per_sample_weights=weights)
-            refined[b] = mask
+            k = affinity(image[b:b + 1], self.dilations, self.omega3, self.bandwidth)     # once: (1, N, H, W)
+            weights = k[0].flatten(1).T.contiguous()                              # (HW, N)
+            del k                                         # as large as all that is left
+            refined[b] = masks[b].flatten(1).T                                    # (HW, C)
+            for _ in range(self.iterations):              # row p: sum of weights[p, n] * row index[p, n]
+                refined[b] = F.embedding_bag(index, refined[b], mode="sum", per_sample_weights=weights)
         return refined.transpose(1, 2).unflatten(2, (H, W))                       # (B, C, H, W)
 
 

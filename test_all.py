@@ -1629,6 +1629,17 @@ def test_resuming_with_another_option_is_refused_with_its_name(uninterrupted):
     assert code == 2 and "--lr" in text and "0.5" in text and "Traceback" not in text
 
 
+@pytest.mark.parametrize("changed, message", [("centroids", "other clusters"), ("vit", "other weights")])
+def test_resuming_with_other_weights_or_clusters_is_refused(uninterrupted, tmp_path, changed, message):
+    folder, checkpoint, _ = uninterrupted
+    shutil.copytree(folder, tmp_path / "copy")                                    # with its caches
+    state = torch.load(folder / "run" / "last.pt", weights_only=True)
+    (state["vit"]["norm.bias"] if changed == "vit" else state["centroids"]).view(-1)[0] += 1
+    torch.save(state, tmp_path / "copy" / "run" / "last.pt")
+    (code, text), = program("train.py", *RUN[:3], "4", *RUN[4:], "--out", tmp_path / "copy" / "run")
+    assert code == 2 and message in text and "Traceback" not in text, text
+
+
 def test_scores_do_not_depend_on_how_the_images_are_shared(uninterrupted):
     _, checkpoint, _ = uninterrupted
     network, source = evaluation.restore(checkpoint), data.Shapes("val", 5)

@@ -6,7 +6,7 @@
     python train.py --data folder --root photos --classes 10       # images of one's own, no labels
 
 The same command again goes on where the run stopped, bit for bit. --batch is the global batch: the result
-does not depend on the number of processes.
+does not depend on the number of processes but for the order of float32 sums.
 """
 
 import argparse
@@ -432,7 +432,7 @@ def replacements(epochs, start, intervals):
 def teacher_age(args, epoch):
     """Epochs since the teacher began (ema) or was last replaced (reset), for alpha(t); None without one."""
     if args.teacher == "reset":
-        done = [e for e in replacements(epoch, args.teacher_start, args.intervals)]
+        done = replacements(epoch, args.teacher_start, args.intervals)
         return epoch - 1 - done[-1] if done else None
     return epoch - 1 - args.teacher_start if args.teacher == "ema" and epoch > args.teacher_start else None
 
@@ -675,9 +675,15 @@ def train(args, device, stop):
     wait()
     vit, weights, digest = loaded or backbone(args.backbone, args.weights)
     say(f"{args.backbone}: {weights}, SHA-256 {digest}")
+    if state and any(not torch.equal(value, state["vit"][name]) for name, value in vit.state_dict().items()):
+        raise RunError(f"{out}/last.pt: begun with other weights than {weights}: give the same ones again, "
+                       f"or use another --out")
     vit = vit.to(device).eval().requires_grad_(False)
     # up to here nothing took long; from here on everything that is computed is kept
     images, labels, maps, centroids = prepare(args, sources, vit, digest, device)
+    if state and not torch.equal(centroids, state["centroids"]):                  # a cache was deleted
+        raise RunError(f"{out}/last.pt: begun with other clusters; k-means gives the same ones again only on "
+                       f"the same machine, with as many threads; go on there, or use another --out")
     trainer, log = Trainer(args, vit, source, centroids, device, state), open_log(out, state)
     run = trainer.run
     if state:

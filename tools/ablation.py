@@ -4,9 +4,9 @@
     python tools/ablation.py --data voc --backbone vits16 -- --root /data --accumulate 4
     python tools/ablation.py --rows baseline all --seeds 0 -- --epochs 2
 
-Every run is a train.py of its own, in OUT/<data>-<backbone>-<row>-<seed>; its words go to stderr, the table
-to stdout. The same command again goes on where it stopped and reuses what is finished. Options after -- go to
-every train.py.
+Every run is a train.py of its own, in OUT/<data>[-<backbone>]-<row>-<seed>; its words go to stderr, the
+table to stdout. The same command again goes on where it stopped and reuses what is finished. Options after --
+go to every train.py.
 
 In the table, mean ± standard deviation over the seeds: mIoU and accuracy of the last epoch; mIoU of the best
 epoch, chosen on val by the sum of both, as the peers do, and therefore too high; and the first epoch whose

@@ -121,17 +121,17 @@ def cam_case():
     vit, image = vits8(), torch.randn(1, 3, 320, 320)
     trained, centroids = copy.deepcopy(vit).requires_grad_(True), torch.randn(80, vit.embed_dim)
     forms = {"forward": lambda: vit(image)}
-    forms |= {K: lambda K=K: cam.class_activation_maps(vit, image, centroids[:K]) for K in (1, 20, 80)}
+    forms |= {K: lambda K=K: cam.class_activation_maps(vit, image, centroids[:K]) for K in (80, 20, 1)}
     forms |= {f"textbook {K}": lambda K=K: textbook_cam(trained, image, centroids[:K]) for K in (1, 3)}
 
     def rows(s, mb, out):
         one, three = (np.median(s[f"textbook {K}"]) for K in (1, 3))
         lines = [row(f"CAM, 320×320, K = {K}; textbook: one plain forward", s[K], s["forward"],
-                     (mb[K], mb["forward"])) for K in (1, 20, 80)]
+                     (mb[K], mb["forward"]) if K == 80 else None) for K in (1, 20, 80)]
         lines += [row("CAM, 320×320, K = 1; textbook: K backward passes", s[1], s["textbook 1"],
                       (mb[1], mb["textbook 1"]), differ(out[1], out["textbook 1"]))]
         return lines + [row(f"CAM, 320×320, K = {K}; textbook: K backward passes *", s[K],
-                            one + (K - 1) * (three - one) / 2, (mb[K], mb["textbook 3"])) for K in (20, 80)]
+                            one + (K - 1) * (three - one) / 2) for K in (20, 80)]
     return forms, rows
 
 
