@@ -15,11 +15,13 @@ slow is slow for all of them; the cores should have nothing else to do. The firs
 timed, unless it alone takes longer than twice BUDGET. Seconds are wall time: median, least and most, number
 of calls. Memory is how far a call pushes the peak of the process's resident memory (ru_maxrss) above where
 it stood before any form ran. That mark never falls, so the forms are called first in the order of their
-need, the textbook form last. A star marks numbers computed from a measured slope, not run.
+need, the textbook form last. In these first calls freed arrays go back to the system at once (glibc's
+mallopt), or the mark would also depend on how the heap happens to be cut up. A star marks numbers computed from a measured slope, not run.
 """
 
 import argparse
 import copy
+import ctypes
 import multiprocessing
 import resource
 import sys
@@ -42,6 +44,7 @@ from par import BANDWIDTH, DILATIONS, EPS, ITERATIONS, OMEGA3, PAR  # noqa: E402
 
 BUDGET = 6.0                                              # seconds: a form timed so long is not called again
 KEPT = 35                                                 # of 70 windows: about what lies on the foreground
+M_MMAP_THRESHOLD = -3                                     # of glibc's malloc.h
 
 
 # ----------------------------------------------------------------------------
@@ -261,11 +264,14 @@ def measure(case, repeat):
     forms, rows = make(*arguments)
     warm = torch.ones(64, 64, requires_grad=True)         # loads what autograd and matrices need
     (warm @ warm).sum().backward()
+    mallopt = ctypes.CDLL(None).mallopt
+    mallopt(M_MMAP_THRESHOLD, 2 ** 18)
     start, first, seconds, mb, results = peak(), {}, {}, {}, {}
     for name, form in forms.items():
         begin = time.perf_counter()
         results[name] = form()
         first[name], seconds[name], mb[name] = time.perf_counter() - begin, [], peak() - start
+    mallopt(M_MMAP_THRESHOLD, 2 ** 25)                    # what glibc comes to by itself
     for _ in range(repeat):
         for name, form in forms.items():
             if first[name] < 2 * BUDGET and sum(seconds[name]) < BUDGET:
