@@ -88,7 +88,7 @@ def coco_table(kind):
     if kind == "coco80":
         used = [raw for raw, name in enumerate(COCO_THINGS) if name != "-"]
         table[used] = np.arange(1, 81)
-        table[91:182] = 0
+        table[91:182] = 0                                 # stuff
     else:
         for index, raw in enumerate(STUFF27.values()):
             table[list(raw)] = index
@@ -414,9 +414,9 @@ def render(rng, things, size, radius, tint=0.02, clutter=0.2):
         v = ((y - cy) * math.cos(turn) - (x - cx) * math.sin(turn)) / r * rng.uniform(0.5, 4)
         colour = colorsys.hsv_to_rgb(rng.random(), rng.uniform(0, clutter), rng.uniform(0.2, 1))
         _paint(image, np.clip(0.5 + (1 - np.hypot(u, v)) * r * size, 0, 1), np.array(colour))
-    placed = []
+    placed = []                                           # (x, y, radius) of the objects so far
     for thing in things:
-        for _ in range(40):
+        for _ in range(40):                               # no room found: the scene has one object fewer
             r, (cx, cy) = rng.uniform(*radius), rng.uniform(0.2, 0.8, 2)
             if all(math.hypot(cx - a, cy - b) > 0.8 * (r + c) for a, b, c in placed):
                 placed.append((cx, cy, r))
@@ -425,7 +425,7 @@ def render(rng, things, size, radius, tint=0.02, clutter=0.2):
     turn = rng.uniform(0, 2 * math.pi)
     image *= rng.uniform(0.8, 1.15) + rng.uniform(0, 0.7) * (
         (x - 0.5) * math.cos(turn) + (y - 0.5) * math.sin(turn))[..., None]
-    image += rng.normal(0, 0.02, image.shape)
+    image += rng.normal(0, 0.02, image.shape)             # the sensor's noise
     return (image.clip(0, 1) * 255).astype(np.uint8), label
 
 
@@ -485,7 +485,7 @@ def draw(seed, epoch, sample, jitter=JITTER):
     """
     rng = np.random.default_rng((seed, epoch, sample))
     u = rng.random(11)
-    scale, changed = 0.4 + 0.6 * u[0], u[4] < 0.3
+    scale, changed = 0.4 + 0.6 * u[0], u[4] < 0.3         # side, not area, of the square
     return np.array([scale, u[1] * (1 - scale), u[2] * (1 - scale), u[3] < 0.5,
                      *(1 + changed * (2 * u[5:8] - 1) * jitter[:3]), changed * (2 * u[8] - 1) * jitter[3],
                      u[9] < 0.2, (u[10] < 0.2) * (1 + 5 * u[10])], np.float32)
@@ -504,7 +504,7 @@ def crop(image, cam, draws, size, patch, label=None):
     returns  (B, 3, size, size), (B, K, size / patch, size / patch) averaged over patches, (B, size, size) or
              None
     """
-    scale, y, x, flip = draws[:, :4].T
+    scale, y, x, flip = draws[:, :4].T                                            # (B,) each
     zero = torch.zeros_like(scale)
     rows = [torch.stack([scale * (1 - 2 * flip), zero, 2 * x + scale - 1], 1),    # -1..1 across the image
             torch.stack([zero, scale, 2 * y + scale - 1], 1)]
@@ -516,7 +516,7 @@ def crop(image, cam, draws, size, patch, label=None):
 
     cam = F.avg_pool2d(sample(cam, 2 * size // patch, "bilinear"), 2)             # 2 x 2 a patch, as RoIAlign
     if label is not None:
-        label = sample(label[:, None].float(), size, "nearest")[:, 0].to(label.dtype)
+        label = sample(label[:, None].float(), size, "nearest")[:, 0].to(label.dtype)  # (B, size, size)
     return sample(image, size, "bilinear"), cam, label
 
 
@@ -527,19 +527,19 @@ def augment(image, draws):
     """
     brightness, contrast, saturation, hue, grey, sigma = (d.view(-1, 1, 1, 1) for d in draws[:, 4:].T)
     luma = image.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
-    image = (image * brightness).clamp(0, 1)
-    mean = (image * luma).sum(1, keepdim=True).mean((2, 3), keepdim=True)
+    image = (image * brightness).clamp(0, 1)              # a factor of 1 changes nothing
+    mean = (image * luma).sum(1, keepdim=True).mean((2, 3), keepdim=True)         # (B, 1, 1, 1)
     image = ((image - mean) * contrast + mean).clamp(0, 1)
-    shade = (image * luma).sum(1, keepdim=True)
+    shade = (image * luma).sum(1, keepdim=True)           # (B, 1, H, W); grey is saturation 0
     image = ((image - shade) * saturation * (1 - grey) + shade).clamp(0, 1)
     cos, sin = (hue * 2 * math.pi).cos(), (hue * 2 * math.pi).sin()               # hue: Rodrigues' formula
     r, g, b = image.unbind(1)
-    across = torch.stack([b - g, r - b, g - r], 1) / math.sqrt(3)
+    across = torch.stack([b - g, r - b, g - r], 1) / math.sqrt(3)                 # (B, 3, H, W)
     image = (cos * image + sin * across + (1 - cos) * image.mean(1, keepdim=True)).clamp(0, 1)
     edge = torch.exp(-0.5 / sigma.clamp(min=1e-3) ** 2).flatten()                 # 3 x 3 Gaussian; 0: no blur
     line = torch.stack([edge, torch.ones_like(edge), edge], 1) / (1 + 2 * edge)[:, None]
     kernel = (line[:, :, None] * line[:, None]).repeat_interleave(3, 0)[:, None]  # (3 B, 1, 3, 3)
-    B, _, H, W = image.shape
+    B, _, H, W = image.shape                              # every channel is a group with its own kernel
     padded = F.pad(image, (1, 1, 1, 1), mode="reflect").reshape(1, 3 * B, H + 2, W + 2)
     return F.conv2d(padded, kernel, groups=3 * B).view(B, 3, H, W)
 
@@ -588,7 +588,7 @@ def fetch(url, file, md5=None):
     Raises DataError if the host cannot be reached, sends less than it announced, or the MD5 differs.
     """
     part = Path(f"{file}.part")
-    have = part.stat().st_size if part.exists() else 0
+    have = part.stat().st_size if part.exists() else 0    # bytes of an earlier try
     try:
         request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
         with (urllib.request.urlopen(request, timeout=60) as reply,

@@ -46,7 +46,7 @@ def confusion_matrix(label, prediction, n):
     label, prediction   equal shapes, numpy or torch integers; labels outside 0..n-1 (void) do not count
     """
     label, prediction = torch.as_tensor(label).flatten().long(), torch.as_tensor(prediction).flatten().long()
-    valid = (label >= 0) & (label < n)
+    valid = (label >= 0) & (label < n)                    # void, 255, is neither right nor wrong
     return torch.bincount(label[valid] * n + prediction[valid], minlength=n * n).view(n, n)
 
 
@@ -78,7 +78,7 @@ def scores(confusion):
     matched[:, assignment] = confusion                                            # columns now are classes
     right, union = np.diag(matched), matched.sum(0) + matched.sum(1) - np.diag(matched)
     iou = 100 * np.divide(right, union, out=np.full(len(union), np.nan), where=union > 0)
-    share = confusion.sum(0) / max(confusion.sum(), 1)
+    share = confusion.sum(0) / max(confusion.sum(), 1)    # (n,) of each cluster in the prediction
     entropy = -(share[share > 0] * np.log(share[share > 0])).sum() / np.log(len(share))
     return {"miou": float(np.nanmean(iou)) if (union > 0).any() else 0.0,
             "accuracy": float(100 * right.sum() / max(confusion.sum(), 1)),
@@ -101,7 +101,7 @@ def load_checkpoint(file):
 
 def restore(checkpoint):
     """The network of a checkpoint, in eval mode, on the GPU if there is one."""
-    args = checkpoint["args"]
+    args = checkpoint["args"]                             # the options that the run was given, plain values
     vit = VisionTransformer(**BACKBONES[args["backbone"]][0])
     network = DMSA(vit, len(checkpoint["names"]), args["aspp"] != "none")
     for name in ("vit", "student", "teacher"):
@@ -124,6 +124,7 @@ def segment(network, image, rates, size, par=None):
 
 def groups(n, rank=0, world=1):
     """This process's share of 0..n-1, in groups that do not depend on the number of processes."""
+    # sliced, not padded to equal shares as DistributedSampler does: no image counts twice
     starts = list(range(0, n, GROUP))[rank::world]
     return [range(start, min(start + GROUP, n)) for start in starts]
 
@@ -136,7 +137,7 @@ def evaluate(network, images, labels, rates, rank=0, world=1):
     n_classes = network.student.decoder.n_classes
     total = torch.zeros(n_classes, n_classes, dtype=torch.int64)
     for group in groups(len(labels), rank, world):
-        masks = segment(network, images[group.start:group.stop], rates, labels.shape[1:])
+        masks = segment(network, images[group.start:group.stop], rates, labels.shape[1:])  # (b, S, S)
         total += confusion_matrix(labels[group.start:group.stop], masks.cpu(), n_classes)
     return total
 
@@ -174,18 +175,18 @@ def stages(network, checkpoint, image, par):
     """
     args, size, background = checkpoint["args"], image.shape[1:3], checkpoint["background"]
     device = network.vit.cls_token.device
-    pixels = data.to_float(image, device)
+    pixels = data.to_float(image, device)                                         # (B, 3, S, S)
     normalised = normalise(pixels)
     upsample = lambda p: F.interpolate(p, size=size, mode="bilinear")
     refine = upsample if par is None else lambda p: par(pixels, p)
     # the whole image at once, where training sees crops: the labels are those of an uncropped sample
     with torch.no_grad():
         _, A, _ = cam.last_attention(network.vit, normalised)
-        attention = A[:, :, 1:].mean(1).unflatten(1, cam.patch_grid(network.vit, normalised))
+        attention = A[:, :, 1:].mean(1).unflatten(1, cam.patch_grid(network.vit, normalised))  # (B, h, w)
         maps = cam.class_activation_maps(network.vit, normalised, checkpoint["centroids"].to(device))
         features, rates = network.features(normalised), checkpoint["rates"]
-        teacher = network.decode(network.teacher, features, rates)[0]
-        student = network.decode(network.student, features, rates)[0]
+        teacher = network.decode(network.teacher, features, rates)[0]             # (B, N, h, w)
+        student = network.decode(network.student, features, rates)[0]             # (B, N, h, w)
         coarse, _, _ = losses.pseudo_label(maps, None, upsample, 0, background, args["background"])
         pseudo, _, _ = losses.pseudo_label(maps, teacher if checkpoint["teacher_on"] else None, refine,
                                            args["teacher_weight"], background, args["background"])
@@ -203,7 +204,7 @@ def grey(maps, size):
 def page(rows, titles, names, colours, cell=160):
     """A picture of rows of uint8 (S, S, 3) tiles under titles, with a legend of the classes."""
     gap, head = 6, 24
-    lines = -(-len(names) // max(1, len(titles) * 2))
+    lines = -(-len(names) // max(1, len(titles) * 2))     # of the legend, two classes a column
     width, height = len(titles) * (cell + gap) + gap, head + len(rows) * (cell + gap) + 18 * lines + gap
     sheet = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(sheet)
@@ -279,7 +280,7 @@ def curves(log, file):
 
 def report(result, names):
     """Print the table of classes and the scores."""
-    cluster_of = {int(c): k for k, c in enumerate(result["assignment"])}
+    cluster_of = {int(c): k for k, c in enumerate(result["assignment"])}  # class -> cluster
     print("class                 cluster     IoU")
     for i, name in enumerate(names):
         iou = "absent" if np.isnan(result["iou"][i]) else f"{result['iou'][i]:6.2f}"
@@ -300,11 +301,11 @@ def predict(network, checkpoint, args):
         image = found.image(i)
         clusters = segment_image(network, image, checkpoint["rates"], checkpoint["args"]["size"],
                                  args.native, args.refine)
-        mask = assignment[clusters]
+        mask = assignment[clusters]                                               # (H, W) of classes
         target = out / found.ids[i]
         target.parent.mkdir(parents=True, exist_ok=True)
         picture = Image.fromarray(mask.astype(np.uint8))
-        picture.putpalette(colours.flatten().tolist())
+        picture.putpalette(colours.flatten().tolist())    # the file holds class indices, viewers show colours
         picture.save(f"{target}.png")
         Image.fromarray((0.5 * image + 0.5 * colours[mask]).astype(np.uint8)).save(f"{target}_overlay.png")
     page([], ["legend", *[""] * 5], checkpoint["names"], colours).save(out / "legend.png")
@@ -321,7 +322,7 @@ def compare(network, checkpoint, args):
         source, truth = data.Folder(args.predict), False
     else:
         source, truth = open_split(checkpoint, args), checkpoint["args"]["data"] != "folder"
-    rows = []
+    rows = []                                             # each checkpoint at its own size, rates, assignment
     for i in range(min(len(source), args.limit or 6)):
         image = source.image(i)
         row = [data.squash(image, 160)]

@@ -276,7 +276,7 @@ def cache(folder, name, key, n, shape, dtype, compute):
             part.unlink(missing_ok=True)
     wait()
     array = np.load(file, mmap_mode="r+")                 # all processes write into one file, each its groups
-    missing = [g for g in groups(n, RANK, WORLD) if not array["done"][g.start:g.stop].all()]
+    missing = [g for g in groups(n, RANK, WORLD) if not array["done"][g.start:g.stop].all()]  # ours only
     start = time.time()
     for count, group in enumerate(missing, 1):
         array["x"][group.start:group.stop] = compute(group)
@@ -350,14 +350,14 @@ def find_centroids(args, vit, digest, device, source, prints, folder, pool):
     # evenly over the list: it may be sorted
     chosen = np.linspace(0, len(source) - 1, min(len(source), BANK_IMAGES)).round().astype(int)
     side, kinds = args.bank // vit.patch_size, 2 if source.stuff else 1
-    shape = kinds, len(cam.windows(side, side, args.scales)), vit.embed_dim
+    shape = kinds, len(cam.windows(side, side, args.scales)), vit.embed_dim  # of one image
 
     def features(group):
         out = np.full((len(group), *shape), np.nan, np.float16)                   # NaN: no such window
         loaded = pool.map(lambda i: data.squash(source.image(chosen[i]), args.bank), group)
         for row, image in zip(out, loaded):
             image = normalise(data.to_float(image[None], device))
-            found = cam.window_features(vit, image, args.window, args.scales, kinds == 2)
+            found = cam.window_features(vit, image, args.window, args.scales, kinds == 2)  # (M, D), (M', D)
             for kind in range(kinds):
                 row[kind, :len(found[kind])] = found[kind].cpu().numpy()
         return out
@@ -370,7 +370,7 @@ def find_centroids(args, vit, digest, device, source, prints, folder, pool):
     if not file.exists() and LOCAL == 0:
         found, rng = [], np.random.default_rng(args.seed)
         for kind, k in enumerate((source.things, source.stuff)[:kinds]):
-            windows = bank[:, kind].reshape(-1, vit.embed_dim)
+            windows = bank[:, kind].reshape(-1, vit.embed_dim)                    # (n * windows, D)
             windows = windows[~np.isnan(windows[:, 0])].astype(np.float32)
             if len(windows) > BANK_WINDOWS:
                 windows = windows[np.sort(rng.choice(len(windows), BANK_WINDOWS, replace=False))]
@@ -399,7 +399,7 @@ def save(checkpoint, file):
             f.flush()
             os.fsync(f.fileno())
         part.replace(file)
-        folder = os.open(file.parent, os.O_RDONLY)
+        folder = os.open(file.parent, os.O_RDONLY)        # the renaming itself must reach the disk
         os.fsync(folder)
         os.close(folder)
     except (OSError, RuntimeError) as error:              # torch's zip writer raises RuntimeError
@@ -453,9 +453,9 @@ def batches(args, images, maps, epoch, first, device):
     yields  step in the epoch, list of `accumulate` parts (sample numbers, image (b, 3, S, S) in 0..1,
             CAM (b, K, h, w), draws (b, 10)), seconds waited. A last, smaller batch is left out.
     """
-    n = len(images) * args.repeat
+    n = len(images) * args.repeat                         # sample s is image s % len(images)
     order = np.random.default_rng((args.seed, epoch)).permutation(n)
-    steps = n // args.batch
+    steps = n // args.batch                               # a last, smaller batch would weigh its images more
 
     def load(step):
         parts = np.array_split(order[step * args.batch:(step + 1) * args.batch], args.accumulate * WORLD)
@@ -497,7 +497,7 @@ class Trainer:
             self.network.teacher.load_state_dict(state["teacher"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.run = {k: state[k] for k in self.run}
-        self.par = PAR(tuple(args.par)) if args.par else None
+        self.par = PAR(tuple(args.par)) if args.par else None  # no parameters: nothing to save
         first = 1 if source.background else 0             # things are the second half of L_seg (decision 13)
         self.thing = torch.tensor([first <= n < first + source.things for n in range(N)], device=device)
         able = device.type == "cuda" and torch.cuda.is_bf16_supported()
@@ -567,7 +567,7 @@ class Trainer:
             values += torch.stack([v.detach() for v in loss.values()])
         # counts are global: the sum over processes is the mean over the batch
         sums = summed(torch.cat([p.grad.flatten() for p in self.params] + [values]))
-        *gradients, values = sums.split([p.numel() for p in self.params] + [5])
+        *gradients, values = sums.split([p.numel() for p in self.params] + [5])  # flat, as in params
         values = dict(zip(loss, values.tolist()))
         if wrong := not_finite(values, gradients, network.student):
             names = [str(self.source.ids[s % len(self.source)]) for part in parts for s in part[0]]
@@ -583,7 +583,7 @@ class Trainer:
     def score(self, images, labels, epoch):
         """Scores of the student on val with this epoch's rates; keeps the cluster -> class assignment."""
         self.network.eval()
-        total = evaluate(self.network, images, labels, self.rates(epoch), RANK, WORLD)
+        total = evaluate(self.network, images, labels, self.rates(epoch), RANK, WORLD)  # (N, N), our share
         self.network.train()
         result = scores(summed(total.to(self.device)).cpu())
         self.run["assignment"] = result["assignment"].tolist()
@@ -625,13 +625,13 @@ def score_cam(args, source, maps, labels, device):
     """mIoU and accuracy of the coarse labels on val before any training; prints the trivial answer's too."""
     total = torch.zeros(len(source.names), len(source.names), dtype=torch.int64)
     for group in groups(len(labels), RANK, WORLD):
-        cams = torch.from_numpy(maps[group.start:group.stop].astype(np.float32))
+        cams = torch.from_numpy(maps[group.start:group.stop].astype(np.float32))  # (b, K, h, w)
         probabilities = cam_probabilities(cams, source.background, args.background, scaled=True)
-        masks = F.interpolate(probabilities, size=labels.shape[1:], mode="bilinear").argmax(1)
+        masks = F.interpolate(probabilities, size=labels.shape[1:], mode="bilinear").argmax(1)  # (b, S, S)
         total += confusion_matrix(labels[group.start:group.stop], masks, len(source.names))
     total = summed(total.to(device)).cpu()
     coarse, trivial = scores(total), torch.zeros_like(total)
-    trivial[:, 0] = total.sum(1)
+    trivial[:, 0] = total.sum(1)                          # all pixels predicted as one cluster
     trivial = scores(trivial)
     say(f"CAM labels on val: mIoU {coarse['miou']:.2f} accuracy {coarse['accuracy']:.2f}; "
         f"all pixels as the most frequent class: mIoU {trivial['miou']:.2f} "

@@ -148,7 +148,12 @@ def main():
             if records:
                 found[row][seed] = records
     count = {row: len(runs) for row, runs in found.items() if len(runs) < len(args.seeds)}
-    print(f"{args.data}, seeds {args.seeds}{f', finished runs: {count}' if count else ''}\n")
+    lengths = {records[-1]["epoch"] for runs in found.values() for records in runs.values()}
+    if len(lengths) > 1:                                  # train.py leaves a run alone that is already longer
+        sys.exit(print(f"ablation.py: {args.out}: finished runs of {sorted(lengths)} epochs are not to be "
+                       f"compared; give another --out", file=sys.stderr) or 2)
+    print(f"{args.data}, seeds {args.seeds}, {max(lengths, default=0)} epochs"
+          f"{f', finished runs: {count}' if count else ''}\n")
     print("\n".join(table(found, PAPER.get((args.data, args.backbone or "vits8")))))
     sys.exit(1 if count else 0)
 

@@ -16,7 +16,8 @@ timed, unless it alone takes longer than twice BUDGET. Seconds are wall time: me
 of calls. Memory is how far a call pushes the peak of the process's resident memory (ru_maxrss) above where
 it stood before any form ran. That mark never falls, so the forms are called first in the order of their
 need, the textbook form last. In these first calls freed arrays go back to the system at once (glibc's
-mallopt), or the mark would also depend on how the heap happens to be cut up. A star marks numbers computed from a measured slope, not run.
+mallopt), or the mark would also depend on how the heap happens to be cut up. A star marks numbers computed
+from a measured slope, not run.
 """
 
 import argparse
