@@ -122,7 +122,7 @@ def main():
     grid, cell, gap = 20, 14, 24
     colours = ("#d62728", "#1f77b4", "#2ca02c", "#ff7f0e")                # the centre, then the branches
     rows = [("epoch mod 10 = 1 3 5 7", 1), ("2 4 6", 2), ("8 9", 8), ("0", 10)]
-    page = Image.new("RGB", (len(rows) * (grid * cell + gap) + gap, grid * cell + 56), "white")
+    page = Image.new("RGB", (len(rows) * (grid * cell + gap) + gap, grid * cell + 64), "white")
     draw = ImageDraw.Draw(page)
     print("rates            side of a 20-patch map after each 3x3 branch (Eq. 1, p = r, s = 1)")
     for column, (name, epoch) in enumerate(rows):
@@ -132,11 +132,13 @@ def main():
         lost = sum(rate > grid - 1 - centre for rate in rates[1:])
         draw.text((left, 8), f"{name}:  {list(rates)}", "black")
         draw.text((left, 22), f"{lost} of 3 branches read zeros around it" if lost else "", "black")
+        draw.text((left, top + grid * cell + 6), "the patch itself", colours[0])
         for y in range(grid):
             for x in range(grid):
                 box = [left + x * cell, top + y * cell, left + (x + 1) * cell, top + (y + 1) * cell]
                 draw.rectangle(box, outline="#dddddd")
         for branch in (3, 2, 1):
+            draw.text((left + 80 * branch, top + grid * cell + 6), f"rate {rates[branch]}", colours[branch])
             for dy in (-1, 0, 1):
                 for dx in (-1, 0, 1):
                     y, x = centre + dy * rates[branch], centre + dx * rates[branch]

@@ -272,7 +272,7 @@ def main():
     for box in pixel_boxes(boxes[chosen], 8) * cell / size:
         draw.rectangle([10 + box[0], 30 + box[1], 10 + box[2], 30 + box[3]], outline="yellow")
     page.save("cam.png")
-    print("wrote cam.png: each map is bright on the disc of its cluster's colour and black on the other")
+    print("wrote cam.png: the map of a cluster is bright on the disc of its colour and black on any other")
 
 
 if __name__ == "__main__":

@@ -697,7 +697,7 @@ def sheet():
 
 def main():
     p = argparse.ArgumentParser(description="Show, check or download data sets.",
-                                epilog=__doc__.split("\n\n")[2],
+                                epilog=__doc__.split("\n\n")[2], allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--check", action="store_true",
         help="read every file of --data and name each that is missing or broken")

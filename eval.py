@@ -247,22 +247,24 @@ def curves(log, file):
         return [(epoch, float(np.mean(values))) for epoch, values in found.items() if values]
 
     plots = [("losses (mean of an epoch)", {k: mean(k) for k in ("seg", "ce", "un", "cls", "all")}),
-             ("percent, on val", {k: mean(k) for k in ("miou", "accuracy")})]
+             ("percent, on val", {k: mean(k) for k in ("miou", "accuracy", "cam_miou")})]
+    plots = [(title, lines) for title, lines in plots if any(lines.values())]     # a folder has no val
     colours = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#222222")
-    sheet = Image.new("RGB", (900, 340), "white")
+    sheet = Image.new("RGB", (450 * len(plots), 340), "white")
     pen = ImageDraw.Draw(sheet)
     for p, (title, lines) in enumerate(plots):
         left, top, width, height = 50 + 450 * p, 40, 380, 250
-        values = [v for line in lines.values() for _, v in line] or [0.0]
-        low, high = min(0.0, *values), max(values) * 1.05 + 1e-9
-        last = max(max(epochs, default=1), 1)
+        values = [v for line in lines.values() for _, v in line]
+        grain = next(g for g in (0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if max(values) <= 6 * g or g == 100)
+        marks = np.arange(np.floor(min(0.0, *values) / grain), np.ceil(max(values) / grain) + 1) * grain
+        low, high, last = marks[0], marks[-1], max(epochs)
         at = lambda e, v: (left + width * e / last, top + height * (1 - (v - low) / (high - low)))
         pen.rectangle([left, top, left + width, top + height], outline="#bbbbbb")
         pen.text((left, 8), title, "black")
-        for mark in np.linspace(low, high, 5):
-            pen.text((left - 42, at(0, mark)[1] - 6), f"{mark:.1f}", "#666666")
+        for mark in marks:
+            pen.text((left - 42, at(0, mark)[1] - 6), f"{mark:g}", "#666666")
             pen.line([at(0, mark), at(last, mark)], fill="#eeeeee")
-        pen.text((left, top + height + 6), "epoch 0", "#666666")
+        pen.text((left, top + height + 6), "epoch", "#666666")
         pen.text((left + width - 20, top + height + 6), str(last), "#666666")
         for i, (name, line) in enumerate(lines.items()):
             points = [at(*point) for point in line]
@@ -270,7 +272,7 @@ def curves(log, file):
                 pen.line(points, fill=colours[i], width=2)
             for x, y in points:
                 pen.ellipse([x - 2, y - 2, x + 2, y + 2], fill=colours[i])
-            pen.text((left + 60 * i + 70, top + height + 22), name, colours[i])
+            pen.text((left + 70 * i, top + height + 22), name, colours[i])
     sheet.save(file)
 
 
@@ -297,8 +299,13 @@ def predict(network, checkpoint, args):
     if times > 1:
         raise data.DataError(f"{args.predict}: {name}.png would be written twice (mask, and overlay "
                              f"or legend); rename that image")
+    unreadable = []
     for i in range(len(found)):
-        image = found.image(i)
+        try:
+            image = found.image(i)
+        except data.DataError as error:                   # the others are still worth having
+            unreadable.append(str(error))
+            continue
         clusters = segment_image(network, image, checkpoint["rates"], checkpoint["args"]["size"],
                                  args.native, args.refine)
         mask = assignment[clusters]                                               # (H, W) of classes
@@ -309,7 +316,10 @@ def predict(network, checkpoint, args):
         picture.save(f"{target}.png")
         Image.fromarray((0.5 * image + 0.5 * colours[mask]).astype(np.uint8)).save(f"{target}_overlay.png")
     page([], ["legend", *[""] * 5], checkpoint["names"], colours).save(out / "legend.png")
-    print(f"wrote {len(found)} masks, {len(found)} overlays and legend.png to {out}/")
+    n = len(found) - len(unreadable)
+    print(f"wrote {n} masks, {n} overlays and legend.png to {out}/")
+    if unreadable:
+        raise data.DataError("\neval.py: ".join(unreadable))
 
 
 def compare(network, checkpoint, args):
@@ -317,6 +327,9 @@ def compare(network, checkpoint, args):
     colours, columns = data.palette(), [(network, checkpoint)]
     for file in args.compare:
         other = load_checkpoint(file)
+        if other["names"] != checkpoint["names"]:
+            raise CheckpointError(f"{file}: has other classes than {args.checkpoint}; compare checkpoints of "
+                                  f"one data set")
         columns.append((restore(other), other))
     if args.predict:
         source, truth = data.Folder(args.predict), False
@@ -330,7 +343,8 @@ def compare(network, checkpoint, args):
             mask = segment_image(net, image, c["rates"], c["args"]["size"], args.native, args.refine)
             row.append(colours[np.array(c["assignment"])[data.squash(mask, 160, "nearest")]])
         rows.append(row + ([colours[data.squash(source.label(i), 160, "nearest")]] if truth else []))
-    titles = ["image", *(Path(file).parent.name for file in [args.checkpoint, *args.compare]), "truth"]
+    titles = ["image", *(str(Path(file).with_suffix(""))[-26:] for file in [args.checkpoint, *args.compare]),
+              "truth"]
     page(rows, titles[:len(rows[0])], checkpoint["names"], colours).save(args.picture)
     print(f"wrote {args.picture}: {len(rows)} images, {len(columns)} checkpoints")
 
@@ -373,7 +387,7 @@ def open_split(checkpoint, args):
 
 def parse(argv=None):
     p = argparse.ArgumentParser(description="Score, predict with, explain or compare checkpoints.",
-                                epilog=__doc__.split("\n\n")[1],
+                                allow_abbrev=False, epilog=__doc__.split("\n\n")[1],
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("checkpoint", help="last.pt or best.pt of a run")
     p.add_argument("--data", choices=data.NAMES, help="data set to score on (default: the one trained on)")
@@ -391,7 +405,13 @@ def parse(argv=None):
     p.add_argument("--picture", metavar="PNG",
         help="file of --explain and --compare (default: explain.png, compare.png)")
     args = p.parse_args(argv)
+    if args.limit is not None and args.limit < 1:
+        p.error(f"--limit {args.limit}: must be at least 1")
+    if args.explain and (args.predict or args.compare):
+        p.error("--explain: takes one photograph; run --predict or --compare by itself")
     args.picture = args.picture or ("explain.png" if args.explain else "compare.png")
+    if not args.picture.lower().endswith((".png", ".jpg", ".jpeg")):
+        p.error(f"--picture {args.picture}: must end in .png or .jpg")
     args.refine = PAR((1, 2, 4, 8)) if args.par else None
     return args
 
@@ -411,7 +431,8 @@ def main():
             raise CheckpointError(f"{args.checkpoint}: trained on a folder without labels: nothing to score; "
                                   f"use --predict")
         else:
-            source, size = open_split(checkpoint, args), checkpoint["args"]["size"]
+            source, trained = open_split(checkpoint, args), checkpoint["args"]
+            size = trained["size"]
             total = torch.zeros(len(source.names), len(source.names), dtype=torch.int64)
             for i in range(len(source)):
                 image, label = source.image(i), source.label(i)
@@ -421,9 +442,14 @@ def main():
                 total += confusion_matrix(label, mask, len(source.names))
             report(scores(total), source.names)
             print(f"epoch {checkpoint['epoch']}, rates {checkpoint['rates']}, {len(source)} images at "
-                  f"{'their own size' if args.native else f'{size} x {size}'}")
-    except (data.DataError, WeightsError, CheckpointError, OSError) as error:
+                  f"{'their own size' if args.native else f'{size} x {size}'}"
+                  + (f" (training scored the first {trained['limit']})" if trained["limit"] else ""))
+    except (data.DataError, WeightsError, CheckpointError) as error:
         sys.exit(print(f"eval.py: {error}", file=sys.stderr) or 2)
+    except OSError as error:
+        where, why = error.filename or args.out, error.strerror or error
+        sys.exit(print(f"eval.py: {where}: cannot write there ({why}); choose another --out or --picture",
+                       file=sys.stderr) or 2)
 
 
 if __name__ == "__main__":

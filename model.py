@@ -189,8 +189,8 @@ def read_tensors(file):
     try:
         found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:                            # torch raises many kinds on a foreign file
-        reason = f"{type(error).__name__} {error}".splitlines()[0][:120]
-        raise WeightsError(f"{file}: not a file of plain tensors, or damaged: {reason}") from None
+        raise WeightsError(f"{file}: not a file of plain tensors, or damaged ({type(error).__name__}); "
+                           f"remove it, or give another") from None
     return found, hashlib.sha256(content).hexdigest()
 
 

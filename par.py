@@ -115,9 +115,9 @@ def example(size=160):
     y, x = torch.meshgrid(torch.linspace(-1, 1, size), torch.linspace(-1, 1, size), indexing="ij")
     angle, radius = torch.atan2(y, x), torch.hypot(x, y)
     truth = (radius < 0.55 + 0.18 * torch.cos(5 * angle)).float()                 # a flower
-    noise = torch.randn(3, size, size, generator=torch.Generator().manual_seed(0)) * 0.04
+    noise = torch.randn(3, size, size, generator=torch.Generator().manual_seed(0)) * 0.03
     ground = torch.stack([0.35 + 0.1 * y, 0.45 + 0.1 * x, 0.4 + 0 * x])
-    flower = torch.stack([0.85 - 0.2 * y, 0.4 + 0.1 * x, 0.3 + 0 * x])
+    flower = torch.stack([0.85 - 0.1 * y, 0.7 + 0.1 * x, 0.1 + 0 * x])
     image = (flower * truth + ground * (1 - truth) + noise).clamp(0, 1)
     foreground = F.adaptive_avg_pool2d(truth[None, None], 20)
     return image[None], torch.cat([1 - foreground, foreground], dim=1), truth
@@ -127,7 +127,7 @@ def main():
     """Refine the coarse mask of a flower; print how its overlap with the truth grows, and draw it."""
     from PIL import Image, ImageDraw
     image, coarse, truth = example()
-    size, cell, rows = truth.shape[0], 250, []
+    cell, rows = 250, []
     rows.append(("image", image[0]))
     print("iterations   IoU of arg max with the truth")
     for iterations in (0, 1, 3, 10):
@@ -139,11 +139,12 @@ def main():
         rows.append((f"after {iterations}: IoU {100 * iou:.1f}", share))
     y, x = 80, 133                                                                # a pixel beside the edge
     weights = affinity(image, (1, 2, 4, 8))[0, :, y, x]
-    picture = image[0] * 0.4
+    picture = image[0] * 0.5
     for weight, (dy, dx) in zip(weights / weights.max(), offsets((1, 2, 4, 8))):
-        picture[:, y + dy - 1:y + dy + 1, x + dx - 1:x + dx + 1] = weight.sqrt()
-    zoom = F.interpolate(picture[None, :, y - 24:y + 24, size - 48:], size=size, mode="nearest")[0]
-    rows.append(("affinity of one pixel (zoom)", zoom))
+        picture[:, y + dy, x + dx] = weight.sqrt()
+    picture[:, y, x] = torch.tensor([1.0, 0, 0])
+    zoom = F.interpolate(picture[None, :, y - 12:y + 12, x - 12:x + 12], size=240, mode="nearest")[0]
+    rows.append(("weights of the red pixel: none black, most white", zoom))
     page = Image.new("RGB", (len(rows) * (cell + 10) + 10, cell + 40), "white")
     for i, (title, pixels) in enumerate(rows):
         tile = Image.fromarray((pixels.clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy())

@@ -1611,6 +1611,12 @@ def test_an_interrupted_run_ends_bitwise_as_the_uninterrupted_one(uninterrupted,
         assert codes == [128 + kill] * world, [p.stdout.read() for p in started]
         evaluation.load_checkpoint(run / "last.pt")
     (run / "last.pt.part").write_bytes(b"half a checkpoint")     # what a kill during a save leaves behind
+    (code, text), *_ = program("train.py", *RUN, "--out", run, world=world)
+    shown = re.findall(r"epoch (\d)/3 .* all (-?[\d.]+)", text)
+    assert code == 0 and shown, text
+    for epoch, mean in shown:                             # of the whole epoch, not of what was left of it
+        values = [r["all"] for r in log if r["epoch"] == int(epoch)]
+        assert float(mean) == pytest.approx(np.mean(values), abs=1e-4)
     resumed, resumed_log = train_run(tmp_path / "cut", world=world)
     assert resumed_log == log
     assert same(resumed, checkpoint)
@@ -1703,7 +1709,9 @@ def test_a_run_with_bad_numbers_stops_on_all_processes_and_keeps_its_checkpoint(
     (["--data", "voc", "--root", "nowhere"], "nowhere/VOCdevkit/VOC2012: no such folder"),
     (["--weights", "none.pt"], "none.pt"), (["--batch", "7", "--accumulate", "8"], "fewer images than parts"),
     (["--batch", "4096"], "larger than an epoch"), (["--epochs", "0"], "at least 1"),
-    (["--data", "folder", "--classes", "1"], "between 2 and 254"),
+    (["--data", "folder", "--root", "x", "--classes", "1"], "between 2 and 254"),
+    (["--data", "folder"], "with --root"), (["--classes", "3"], "only for --data folder"),
+    (["--epoch", "3"], "unrecognized"),
     (["--backbone", "resnet"], "invalid choice"), (["--size", "100"], "multiple of"),
     (["--momentum", "1.5"], "between 0 and 1"), (["--out", "/proc/nowhere"], "cannot write there"),
     (["--device", "cuda"], "no GPU" if not torch.cuda.is_available() else "")])
@@ -1742,6 +1750,13 @@ def test_predictions_have_the_images_own_size_and_class_indices(uninterrupted, t
                 assert mask.getpalette()[:6] == [0, 0, 0, 128, 0, 0]
             assert Image.open(tmp_path / "out" / f"{name}_overlay.png").size == size
     assert (tmp_path / "out" / "legend.png").exists()
+    (tmp_path / "in" / "a-broken.png").write_text("no picture")                   # the others are still made
+    (code, text), = program("eval.py", folder / "run" / "best.pt", "--predict", tmp_path / "in",
+                            "--out", tmp_path / "rest")
+    assert code == 2 and "a-broken.png: cannot read" in text and "wrote 2 masks" in text, text
+    assert {p.name for p in (tmp_path / "rest").rglob("*.png")} == {
+        "a.png", "a_overlay.png", "b.png", "b_overlay.png", "legend.png"}
+    (tmp_path / "in" / "a-broken.png").unlink()
     Image.open(tmp_path / "in" / "a.png").save(tmp_path / "in" / "a_overlay.png")
     (code, text), = program("eval.py", folder / "run" / "best.pt", "--predict", tmp_path / "in",
                             "--out", tmp_path / "two")
@@ -1760,6 +1775,16 @@ def test_eval_prints_the_scores_of_the_log_and_draws_its_pictures(uninterrupted,
         assert code == 0 and Image.open(args[-1]).size[0] > 300, text
 
 
+@pytest.mark.parametrize("args, message", [
+    (["--limit", "0"], "at least 1"), (["--picture", "x.txt"], "must end in .png"),
+    (["--explain", "a.png", "--predict", "b"], "by itself"),
+    (["--explain", "none.png"], "none.png: cannot read"),
+    (["--predict", "assets", "--out", "/proc/nowhere"], "cannot write there")])
+def test_what_a_user_asks_wrong_of_eval_is_one_line_and_exit_code_2(uninterrupted, args, message):
+    (code, text), = program("eval.py", uninterrupted[0] / "run" / "best.pt", *args)
+    assert code == 2 and message in text and "Traceback" not in text, text
+
+
 def test_bf16_changes_the_losses_little_and_the_caches_not_at_all(uninterrupted, tmp_path):
     folder, _, log = uninterrupted
     (code, text), = program("train.py", *RUN, "--epochs", "1", "--precision", "bf16",
@@ -1771,7 +1796,7 @@ def test_bf16_changes_the_losses_little_and_the_caches_not_at_all(uninterrupted,
         assert cache.read_bytes() == (tmp_path / "cache" / cache.name).read_bytes()
 
 
-def test_a_folder_of_photographs_trains_and_predicts_without_labels(tmp_path):
+def test_a_folder_of_photographs_trains_and_predicts_without_labels(uninterrupted, tmp_path):
     (tmp_path / "in").mkdir()
     for i in range(8):
         Image.fromarray(data.shapes(i)[0]).resize((90 + i, 80)).save(tmp_path / "in" / f"{i}.jpg")
@@ -1784,6 +1809,9 @@ def test_a_folder_of_photographs_trains_and_predicts_without_labels(tmp_path):
     (code, text), = program("eval.py", tmp_path / "run" / "last.pt", "--predict", tmp_path / "in",
                             "--out", tmp_path / "out")
     assert code == 0 and len(list((tmp_path / "out").glob("*_overlay.png"))) == 8, text
+    (code, text), = program("eval.py", tmp_path / "run" / "last.pt", "--compare",
+                            uninterrupted[0] / "run" / "last.pt")
+    assert code == 2 and "other classes" in text, text
 
 
 def test_too_few_windows_for_the_classes_are_one_line_and_exit_code_2(tmp_path):
@@ -2203,7 +2231,7 @@ def test_every_option_that_readme_names_exists_and_helps_defaults_are_the_real_o
 
 def test_readme_counts_its_files_and_lines_and_shows_only_pictures_that_exist():
     lines = sum(len(f.read_text().splitlines()) for f in HERE.glob("*.py") if f.name != "test_all.py")
-    assert f"Nine Python files, {lines:,} lines" in README and len(list(HERE.glob("*.py"))) == 9
+    assert f"Nine Python files, about {round(lines, -2):,} lines" in README and len(list(HERE.glob("*.py"))) == 9
     for picture in re.findall(r"!\[[^]]*\]\((\S+)\)", README):
         assert (HERE / picture).stat().st_size > 0
     assert "@@" not in README

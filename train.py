@@ -20,7 +20,6 @@ import resource
 import signal
 import sys
 import time
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -87,12 +86,12 @@ class RunError(ValueError):
 def parse(argv=None):
     """Options -> one flat namespace of plain values, every setting filled in."""
     p = argparse.ArgumentParser(description="Train DMSA.", epilog=__doc__.split("\n\n")[1],
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+                                formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = p.add_argument
     by_data = "(default: by --data)"
     add("--data", choices=data.NAMES, default="shapes", help="data set (default: shapes)")
-    add("--root", default="data", metavar="DIR", help="folder of the data sets (default: data)")
-    add("--classes", type=int, default=20, metavar="K",
+    add("--root", metavar="DIR", help="folder of the data sets (default: data), or of the images for folder")
+    add("--classes", type=int, metavar="K",
         help="clusters to look for, --data folder (default: 20)")
     add("--backbone", choices=tuple(BACKBONES), help=f"pretrained ViT {by_data}")
     add("--weights", metavar="FILE",
@@ -158,6 +157,11 @@ def parse(argv=None):
         args.losses_at = "crop"                           # PAR's labels have its size, in every row
     if args.no_seg_loss:
         args.lambdas = (0.0, *args.lambdas[1:])
+    if args.data == "folder" and not args.root:
+        p.error("--data folder: give the folder of images with --root")
+    if args.data != "folder" and args.classes is not None:
+        p.error(f"--classes: only for --data folder, {args.data} has its own")
+    args.root, args.classes = args.root or "data", 20 if args.classes is None else args.classes
     args.out = args.out or os.path.join("runs", args.data)
     for name in ("epochs", "batch", "accumulate", "workers", "limit"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
@@ -208,8 +212,8 @@ def summed(tensor):
         try:
             dist.all_reduce(tensor)
         except RuntimeError as error:
-            raise LostProcess(f"process {RANK}: another process is gone ({str(error).splitlines()[0][:80]}); "
-                              f"the last checkpoint is kept, the same command goes on") from None
+            raise LostProcess(f"process {RANK}: another process is gone, and may have said why; the last "
+                              f"checkpoint, if any, is kept ({str(error).splitlines()[0][:60]})") from None
     return tensor
 
 
@@ -490,8 +494,8 @@ class Trainer:
         self.optimizer = torch.optim.Adam([               # L2, not on biases and norms: as the peers
             {"params": [p for p in self.params if p.ndim > 1], "weight_decay": 5e-4},
             {"params": [p for p in self.params if p.ndim <= 1], "weight_decay": 0.0}], lr=args.lr)
-        self.run = {"epoch": 0, "position": 0, "step": 0, "best": -1.0, "best_epoch": 0, "cam": {},
-                    "assignment": list(range(N))}
+        self.run = {"epoch": 0, "position": 0, "step": 0, "sums": {}, "best": -1.0, "best_epoch": 0,
+                    "cam": {}, "assignment": list(range(N))}
         if state:
             self.network.student.load_state_dict(state["student"])
             self.network.teacher.load_state_dict(state["teacher"])
@@ -693,7 +697,7 @@ def train(args, device, stop):
 
     stop.finish_step = True                               # a signal now ends the step, saves, and leaves
     for epoch in range(run["epoch"] + 1, args.epochs + 1):           # Table 1 counts from 1
-        first, begin, waited, sums = run["position"], time.time(), 0.0, Counter()
+        first, begin, waited = run["position"], time.time(), 0.0
         if args.teacher == "reset" and teacher_age(args, epoch) == 0 and first == 0:
             trainer.replace_teacher()
         for position, parts, seconds in batches(args, images["train"], maps["train"], epoch, first, device):
@@ -702,7 +706,7 @@ def train(args, device, stop):
             counts, ended_by = stop.summed(counts)
             losses = trainer.learn(parts, counts, epoch)             # Fig. 2, bottom; Eq. 6
             run["step"], run["position"], waited = run["step"] + 1, position + 1, waited + seconds
-            sums.update(losses)
+            run["sums"] = {name: run["sums"].get(name, 0.0) + value for name, value in losses.items()}
             record = {"epoch": epoch, "step": run["step"], **losses, "rates": list(trainer.rates(epoch)),
                       "lr": args.lr}
             if position == steps - 1:
@@ -715,12 +719,12 @@ def train(args, device, stop):
             if ended_by and position < steps - 1:
                 trainer.save("last.pt")
                 return ended_by
-        run["epoch"], run["position"], names = epoch, 0, ["last.pt"]
+        means = "  ".join(f"{name} {value / steps:.4f}" for name, value in run["sums"].items())
+        run["epoch"], run["position"], run["sums"], names = epoch, 0, {}, ["last.pt"]
         if labels is not None and record["miou"] + record["accuracy"] > run["best"]:
             run["best"], run["best_epoch"] = record["miou"] + record["accuracy"], epoch
             names = ["best.pt", "last.pt"]                # chosen on val, as the peers do
         trainer.save(*names)
-        means = "  ".join(f"{name} {value / (steps - first):.4f}" for name, value in sums.items())
         shown = "" if labels is None else (f"  mIoU {record['miou']:.2f} accuracy {record['accuracy']:.2f} "
                                            f"clusters {record['clusters']}")
         say(f"epoch {epoch}/{args.epochs}  {means}{shown}  rates {record['rates']}  "
