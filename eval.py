@@ -106,6 +106,7 @@ def restore(checkpoint):
     network = DMSA(vit, len(checkpoint["names"]), args["aspp"] != "none")
     for name in ("vit", "student", "teacher"):
         getattr(network, name).load_state_dict(checkpoint[name])
+    torch.backends.cudnn.allow_tf32 = False               # full fp32 on GPUs too, as in training
     return network.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 

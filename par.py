@@ -19,6 +19,7 @@ ITERATIONS = 10
 BANDWIDTH = 0.3
 OMEGA3 = 0.01
 EPS = 1e-8
+AT_ONCE = {"cpu": 1, "cuda": 16}      # images: a CPU's cache holds one, a GPU with one mostly starts kernels
 
 
 def offsets(dilations):
@@ -91,19 +92,22 @@ class PAR(nn.Module):
         """
         if len(image) != len(masks):
             raise ValueError(f"{len(image)} images but {len(masks)} masks")
-        B, _, H, W = image.shape
+        H, W = image.shape[2:]
         image = image.float()                                                     # also under autocast
         masks = F.interpolate(masks.float(), size=(H, W), mode="bilinear", align_corners=True)
+        masks = masks.flatten(2).transpose(1, 2).contiguous()                     # (B, HW, C)
         index = neighbour_index(H, W, self.dilations).to(image.device)            # (HW, N)
-        refined = torch.empty(B, H * W, masks.shape[1], device=image.device)      # channels side by side
-        for b in range(B):                                # one image at a time stays in the cache
-            k = affinity(image[b:b + 1], self.dilations, self.omega3, self.bandwidth)     # once: (1, N, H, W)
-            weights = k[0].flatten(1).T.contiguous()                              # (HW, N)
+        n = AT_ONCE.get(image.device.type, 1)
+        for image, mask in zip(image.split(n), masks.split(n)):
+            k = affinity(image, self.dilations, self.omega3, self.bandwidth)      # once: (n, N, H, W)
+            weights = k.flatten(2).transpose(1, 2).flatten(0, 1).contiguous()     # (n HW, N)
             del k                                         # as large as all that is left
-            refined[b] = masks[b].flatten(1).T                                    # (HW, C)
-            for _ in range(self.iterations):              # row p: sum of weights[p, n] * row index[p, n]
-                refined[b] = F.embedding_bag(index, refined[b], mode="sum", per_sample_weights=weights)
-        return refined.transpose(1, 2).unflatten(2, (H, W))                       # (B, C, H, W)
+            first = torch.arange(len(image), dtype=torch.int32, device=image.device) * (H * W)
+            rows = (index + first[:, None, None]).flatten(0, 1)                   # (n HW, N)
+            mask = mask.flatten(0, 1)                                             # (n HW, C), a view
+            for _ in range(self.iterations):              # row p: sum of weights[p, n] * mask[rows[p, n]]
+                mask.copy_(F.embedding_bag(rows, mask, mode="sum", per_sample_weights=weights))
+        return masks.transpose(1, 2).unflatten(2, (H, W))                         # (B, C, H, W)
 
 
 # ----------------------------------------------------------------------------

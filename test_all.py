@@ -184,6 +184,13 @@ def test_par_resizes_masks_with_corners_aligned():
     torch.testing.assert_close(par.PAR(iterations=0)(torch.rand(1, 3, 9, 11), masks), expected)
 
 
+def test_par_gives_the_same_however_many_images_it_takes_at_once(monkeypatch):
+    image, masks = torch.rand(5, 3, 20, 17), torch.rand(5, 3, 4, 4)
+    alone = par.PAR()(image, masks)
+    monkeypatch.setitem(par.AT_ONCE, "cpu", 2)            # 2 + 2 + 1
+    assert torch.equal(par.PAR()(image, masks), alone)
+
+
 def test_par_makes_a_coarse_mask_follow_the_edge_of_the_image():
     image, coarse, truth = par.example()
     iou = lambda m: (((m.argmax(1)[0] == 1) & (truth == 1)).sum()
@@ -2231,7 +2238,8 @@ def test_every_option_that_readme_names_exists_and_helps_defaults_are_the_real_o
 
 def test_readme_counts_its_files_and_lines_and_shows_only_pictures_that_exist():
     lines = sum(len(f.read_text().splitlines()) for f in HERE.glob("*.py") if f.name != "test_all.py")
-    assert f"Nine Python files, about {round(lines, -2):,} lines" in README and len(list(HERE.glob("*.py"))) == 9
+    assert f"Nine Python files, about {round(lines, -2):,} lines" in README
+    assert len(list(HERE.glob("*.py"))) == 9
     for picture in re.findall(r"!\[[^]]*\]\((\S+)\)", README):
         assert (HERE / picture).stat().st_size > 0
     assert "@@" not in README

@@ -20,6 +20,7 @@ import resource
 import signal
 import sys
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -199,10 +200,11 @@ def start_processes(device):
     if cuda and LOCAL >= torch.cuda.device_count():
         raise RunError(f"process {LOCAL} of this machine has no GPU of its own "
                        f"({torch.cuda.device_count()} here): lower --nproc_per_node")
-    if WORLD > 1:                                         # slowest wait: another process's share of a cache
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=4))
     if cuda:
         torch.cuda.set_device(LOCAL)
+        torch.backends.cudnn.allow_tf32 = False           # else convolutions in "fp32" have 10 bits
+    if WORLD > 1:                                         # slowest wait: another process's share of a cache
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=4))
     return torch.device("cuda", LOCAL) if cuda else torch.device("cpu")
 
 
@@ -213,7 +215,7 @@ def summed(tensor):
             dist.all_reduce(tensor)
         except RuntimeError as error:
             raise LostProcess(f"process {RANK}: another process is gone, and may have said why; the last "
-                              f"checkpoint, if any, is kept ({str(error).splitlines()[0][:60]})") from None
+                              f"checkpoint, if any, is kept ({' '.join(str(error).split())[:400]})") from None
     return tensor
 
 
@@ -265,7 +267,7 @@ def cache(folder, name, key, n, shape, dtype, compute):
     file = Path(folder) / f"{name}-{digest}.npy"
     if not file.exists() and LOCAL == 0:
         file.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(f"{file}.{os.getpid()}")
+        part = Path(f"{file}.{RANK}-{os.getpid()}")
         try:
             record = np.dtype([("done", "<u8"), ("x", dtype, shape)])
             np.lib.format.open_memmap(part, "w+", record, (n,)).flush()
@@ -383,7 +385,7 @@ def find_centroids(args, vit, digest, device, source, prints, folder, pool):
                 found.append(cam.cluster(windows, k, args.seed))
             except ValueError as error:                   # fewer windows than clusters
                 raise RunError(f"--data {args.data}: {error}") from None
-        part = Path(f"{file}.{os.getpid()}.npy")
+        part = Path(f"{file}.{RANK}-{os.getpid()}.npy")
         np.save(part, np.concatenate(found))
         part.replace(file)
     wait()
@@ -504,7 +506,7 @@ class Trainer:
         self.par = PAR(tuple(args.par)) if args.par else None  # no parameters: nothing to save
         first = 1 if source.background else 0             # things are the second half of L_seg (decision 13)
         self.thing = torch.tensor([first <= n < first + source.things for n in range(N)], device=device)
-        able = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        able = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         self.bf16 = args.precision == "bf16" or args.precision == "auto" and able
 
     def low_precision(self):
@@ -533,8 +535,9 @@ class Trainer:
         for samples, image, cams, draws in parts:
             # PAR sees the crop before colour jitter, the network after it (decision 24)
             image, cams, _ = data.crop(image, cams, draws, args.crop, network.vit.patch_size)
+            seen = normalise(data.augment(image, draws))                          # (b, 3, S, S), in fp32
             with self.low_precision():
-                features = network.features(normalise(data.augment(image, draws)))    # (b, D, h, w), twice
+                features = network.features(seen)                                 # (b, D, h, w), twice
                 teacher = None                            # (b, N, h, w) logits once the teacher takes part
                 if teacher_age(args, epoch) is not None:
                     teacher = network.decode(network.teacher, features, self.rates(epoch))[0].float()
@@ -573,7 +576,8 @@ class Trainer:
         sums = summed(torch.cat([p.grad.flatten() for p in self.params] + [values]))
         *gradients, values = sums.split([p.numel() for p in self.params] + [5])  # flat, as in params
         values = dict(zip(loss, values.tolist()))
-        if wrong := not_finite(values, gradients, network.student):
+        if not sums.isfinite().all():
+            wrong = not_finite(values, gradients, network.student)
             names = [str(self.source.ids[s % len(self.source)]) for part in parts for s in part[0]]
             raise FloatingPointError(f"step {self.run['step'] + 1}: {wrong} not finite; the first samples of "
                                      f"process {RANK}: {', '.join(names[:8])}; the last checkpoint is kept")
@@ -618,7 +622,7 @@ class Trainer:
 
 
 def not_finite(values, gradients, student):
-    """Names of the losses, or else of the gradients, that are not finite; "" if all are."""
+    """Names of the losses, or else of the gradients, that are not finite."""
     wrong = [name for name, value in values.items() if not math.isfinite(value)]
     named = zip(student.named_parameters(), gradients)
     wrong = wrong or ["gradient of " + name for (name, _), g in named if not g.isfinite().all()]
@@ -629,10 +633,10 @@ def score_cam(args, source, maps, labels, device):
     """mIoU and accuracy of the coarse labels on val before any training; prints the trivial answer's too."""
     total = torch.zeros(len(source.names), len(source.names), dtype=torch.int64)
     for group in groups(len(labels), RANK, WORLD):
-        cams = torch.from_numpy(maps[group.start:group.stop].astype(np.float32))  # (b, K, h, w)
+        cams = torch.from_numpy(maps[group.start:group.stop].astype(np.float32)).to(device)   # (b, K, h, w)
         probabilities = cam_probabilities(cams, source.background, args.background, scaled=True)
         masks = F.interpolate(probabilities, size=labels.shape[1:], mode="bilinear").argmax(1)  # (b, S, S)
-        total += confusion_matrix(labels[group.start:group.stop], masks, len(source.names))
+        total += confusion_matrix(labels[group.start:group.stop], masks.cpu(), len(source.names))
     total = summed(total.to(device)).cpu()
     coarse, trivial = scores(total), torch.zeros_like(total)
     trivial[:, 0] = total.sum(1)                          # all pixels predicted as one cluster
@@ -790,6 +794,13 @@ def main():
         code = 2
     except (FloatingPointError, LostProcess) as error:
         print(f"train.py: {error}", file=sys.stderr)
+        code = 1
+    except torch.OutOfMemoryError as error:
+        print(f"train.py: process {RANK}: not enough GPU memory; raise --accumulate and go on with the same "
+              f"command ({str(error).splitlines()[0][:100]})", file=sys.stderr)
+        code = 2
+    except Exception:                                     # a mistake of ours; leave as below all the same
+        traceback.print_exc()
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()
