@@ -300,12 +300,13 @@ def predict(network, checkpoint, args):
     if times > 1:
         raise data.DataError(f"{args.predict}: {name}.png would be written twice (mask, and overlay "
                              f"or legend); rename that image")
-    unreadable = []
+    unreadable = 0
     for i in range(len(found)):
         try:
             image = found.image(i)
         except data.DataError as error:                   # the others are still worth having
-            unreadable.append(str(error))
+            print(f"eval.py: {error}", file=sys.stderr)
+            unreadable += 1
             continue
         clusters = segment_image(network, image, checkpoint["rates"], checkpoint["args"]["size"],
                                  args.native, args.refine)
@@ -317,10 +318,10 @@ def predict(network, checkpoint, args):
         picture.save(f"{target}.png")
         Image.fromarray((0.5 * image + 0.5 * colours[mask]).astype(np.uint8)).save(f"{target}_overlay.png")
     page([], ["legend", *[""] * 5], checkpoint["names"], colours).save(out / "legend.png")
-    n = len(found) - len(unreadable)
+    n = len(found) - unreadable
     print(f"wrote {n} masks, {n} overlays and legend.png to {out}/")
     if unreadable:
-        raise data.DataError("\neval.py: ".join(unreadable))
+        raise data.DataError(f"{args.predict}: {unreadable} of {len(found)} images have no mask, see above")
 
 
 def compare(network, checkpoint, args):

@@ -105,7 +105,7 @@ class PAR(nn.Module):
             first = torch.arange(len(image), dtype=torch.int32, device=image.device) * (H * W)
             rows = (index + first[:, None, None]).flatten(0, 1)                   # (n HW, N)
             mask = mask.flatten(0, 1)                                             # (n HW, C), a view
-            for _ in range(self.iterations):              # row p: sum of weights[p, n] * mask[rows[p, n]]
+            for _ in range(self.iterations):              # row p: sum_j weights[p, j] * mask[rows[p, j]]
                 mask.copy_(F.embedding_bag(rows, mask, mode="sum", per_sample_weights=weights))
         return masks.transpose(1, 2).unflatten(2, (H, W))                         # (B, C, H, W)
 

@@ -42,6 +42,7 @@ from par import PAR
 # Settings by --data. The peers' where not said otherwise; README, "Where the paper is silent"
 
 COMMON = dict(
+    root="data", classes=20,                              # clusters, of --data folder
     backbone="vits8", size=320, crop=160,                 # pixels: of the squashed image, of training crops
     scales=cam.THING_SCALES, bank=640, window=320,        # windows: shares; pixels of the image, of crops
     batch=512, epochs=50, repeat=1, lr=1e-4,              # repeat: passes over the images that make an epoch
@@ -148,6 +149,10 @@ def parse(argv=None):
     m.add_argument("--dropout", type=float, metavar="P",
         help="in the decoder; then results depend on the number of processes (default: 0)")
     args = p.parse_args(argv)
+    if args.data == "folder" and not args.root:
+        p.error("--data folder: give the folder of images with --root")
+    if args.data != "folder" and args.classes is not None:
+        p.error(f"--classes: only for --data folder, {args.data} has its own")
     # an option that was given wins over the row, the row over the data set's own setting
     for name, value in (SETTINGS[args.data] | ROWS[args.preset]).items():
         if getattr(args, name, None) is None:
@@ -158,11 +163,6 @@ def parse(argv=None):
         args.losses_at = "crop"                           # PAR's labels have its size, in every row
     if args.no_seg_loss:
         args.lambdas = (0.0, *args.lambdas[1:])
-    if args.data == "folder" and not args.root:
-        p.error("--data folder: give the folder of images with --root")
-    if args.data != "folder" and args.classes is not None:
-        p.error(f"--classes: only for --data folder, {args.data} has its own")
-    args.root, args.classes = args.root or "data", 20 if args.classes is None else args.classes
     args.out = args.out or os.path.join("runs", args.data)
     for name in ("epochs", "batch", "accumulate", "workers", "limit"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
