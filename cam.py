@@ -21,7 +21,9 @@ THING_SCALES = (0.6, 0.5, 0.4, 0.3)                       # sides of the windows
 SCENE_SCALES = (0.5, 0.4, 0.3, 0.2)                       # COCO
 COVER, CLEAR = 0.5, 0.8                                   # a window is kept with more foreground / background
 KEEP_MASS = 0.8                                           # share of a map's mass that is kept
-# All constants, and those inside the functions, are TransFGU's, but for the restarts of `cluster`.
+RESTARTS = 5                                              # of k-means
+# All these, and those inside the functions, are TransFGU's, but for the restarts: it has one start.
+PATCHES_AT_ONCE = {"cpu": 2_400, "cuda": 25_600}          # of windows: what a cache holds, what fills a GPU
 
 
 # ----------------------------------------------------------------------------
@@ -115,11 +117,11 @@ def crop_windows(image, boxes, patch, size):
 
 
 @torch.no_grad()
-def window_features(vit, image, size, scales=THING_SCALES, stuff=False, batch=16):
+def window_features(vit, image, size, scales=THING_SCALES, stuff=False):
     """CLS features of one image's foreground windows, and of its background windows.
 
     image    (1, 3, H, W) normalised; TransFGU takes it twice as large as the crops
-    size     side in pixels of the crops that the ViT sees; batch: crops per forward pass
+    size     side in pixels of the crops that the ViT sees
     stuff    also the background windows (only they describe stuff; without it they are not computed)
     returns  fore (M, D), back (M', D); empty where no window qualifies
     """
@@ -127,7 +129,7 @@ def window_features(vit, image, size, scales=THING_SCALES, stuff=False, batch=16
     x, A, _ = last_attention(vit, image)
     boxes = windows(*grid, scales)
     fore, back = select_windows(foreground(A, grid)[0], boxes, patch)
-    features = []
+    features, batch = [], max(1, PATCHES_AT_ONCE.get(image.device.type, 2_400) // (size // patch) ** 2)
     for chosen in (fore, back & stuff):
         parts = [x[:0]]                                                           # (0, D)
         for start in range(0, chosen.sum(), batch):
@@ -138,7 +140,7 @@ def window_features(vit, image, size, scales=THING_SCALES, stuff=False, batch=16
     return features
 
 
-def cluster(features, k, seed=0, restarts=5):
+def cluster(features, k, seed=0, restarts=RESTARTS):
     """k-means of features (M, D), numpy or CPU tensor: centroids (k, D), numpy float32; best of some starts.
 
     Euclidean distance of un-normalised features, as TransFGU; its single start at random points often sticks

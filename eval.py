@@ -188,9 +188,9 @@ def stages(network, checkpoint, image, par):
         features, rates = network.features(normalised), checkpoint["rates"]
         teacher = network.decode(network.teacher, features, rates)[0]             # (B, N, h, w)
         student = network.decode(network.student, features, rates)[0]             # (B, N, h, w)
-        coarse, _, _ = losses.pseudo_label(maps, None, upsample, 0, background, args["background"])
-        pseudo, _, _ = losses.pseudo_label(maps, teacher if checkpoint["teacher_on"] else None, refine,
-                                           args["teacher_weight"], background, args["background"])
+        coarse, _ = losses.pseudo_label(maps, None, upsample, 0, background, args["background"])
+        pseudo, _ = losses.pseudo_label(maps, teacher if checkpoint["teacher_on"] else None, refine,
+                                        args["teacher_weight"], background, args["background"])
     attention = attention / attention.amax((1, 2), keepdim=True)
     masks = (coarse, upsample(teacher).argmax(1), pseudo, upsample(student).argmax(1))
     return attention.cpu(), maps.cpu(), *(m.cpu().numpy() for m in masks)
@@ -296,10 +296,17 @@ def predict(network, checkpoint, args):
     """--predict: of each image a palette PNG of class indices at its own size, an overlay, and one legend."""
     colours, assignment = data.palette(), np.array(checkpoint["assignment"])
     found, out = data.Folder(args.predict), Path(args.out)
-    (name, times), = Counter(["legend", *found.ids, *(f"{i}_overlay" for i in found.ids)]).most_common(1)
+    if args.limit:
+        found.limit(args.limit)
+    names = Counter(["legend", *found.ids, *(f"{i}_overlay" for i in found.ids)])
+    (name, times), = names.most_common(1)
     if times > 1:
         raise data.DataError(f"{args.predict}: {name}.png would be written twice (mask, and overlay "
                              f"or legend); rename that image")
+    lost = {(out / f"{name}.png").resolve() for name in names} & {Path(p).resolve() for p in found.images}
+    if lost:
+        raise data.DataError(f"{min(lost)}: would be overwritten by its mask; choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
     unreadable = 0
     for i in range(len(found)):
         try:
@@ -316,7 +323,7 @@ def predict(network, checkpoint, args):
         picture = Image.fromarray(mask.astype(np.uint8))
         picture.putpalette(colours.flatten().tolist())    # the file holds class indices, viewers show colours
         picture.save(f"{target}.png")
-        Image.fromarray((0.5 * image + 0.5 * colours[mask]).astype(np.uint8)).save(f"{target}_overlay.png")
+        Image.blend(Image.fromarray(image), Image.fromarray(colours[mask]), 0.5).save(f"{target}_overlay.png")
     page([], ["legend", *[""] * 5], checkpoint["names"], colours).save(out / "legend.png")
     n = len(found) - unreadable
     print(f"wrote {n} masks, {n} overlays and legend.png to {out}/")
@@ -364,6 +371,8 @@ def explain(network, checkpoint, args):
     blank = np.full_like(image, 255)
     low = []
     for title, mask in zip(("CAM label", "teacher", "fused, PAR" if par else "fused", "student"), masks):
+        if title == "teacher" and not checkpoint["teacher_on"]:
+            continue                                      # an untrained head, or not yet in use
         tile = Image.fromarray(colours[assignment[mask[0]]]).resize((160, 160), Image.NEAREST)
         ImageDraw.Draw(tile).text((4, 2), title, "white", stroke_width=1, stroke_fill="black")
         low.append(np.array(tile))
@@ -450,7 +459,7 @@ def main():
         sys.exit(print(f"eval.py: {error}", file=sys.stderr) or 2)
     except OSError as error:
         where, why = error.filename or args.out, error.strerror or error
-        sys.exit(print(f"eval.py: {where}: cannot write there ({why}); choose another --out or --picture",
+        sys.exit(print(f"eval.py: {where}: {why}; mend that, or choose another --out or --picture",
                        file=sys.stderr) or 2)
 
 

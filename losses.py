@@ -64,8 +64,7 @@ def pseudo_label(cam, teacher_logits, refine, teacher_weight, background=True, t
     teacher_logits  (B, N, h, w), or None before the teacher starts: CAM alone
     refine          (B, N, h, w) -> (B, N, H, W), the size of the losses: PAR with the image, or an upsampling
     returns         label (B, H, W) int64; foreground (B, H, W) bool, the pixels of L_un: those whose CAM
-                    exceeds the threshold in any class, or all where there is no background; refined
-                    (B, N, H, W)
+                    exceeds the threshold in any class, or all where there is no background
     """
     probabilities = cam_probabilities(cam, background, threshold, scaled)         # (B, N, h, w)
     if background:
@@ -76,7 +75,7 @@ def pseudo_label(cam, teacher_logits, refine, teacher_weight, background=True, t
         probabilities = fuse(probabilities, teacher_logits, teacher_weight)
     refined = refine(probabilities)                                               # (B, N, H, W)
     foreground = F.interpolate(foreground.float(), size=refined.shape[2:])[:, 0].bool()
-    return refined.argmax(1), foreground, refined
+    return refined.argmax(1), foreground
 
 
 # ----------------------------------------------------------------------------

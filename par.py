@@ -19,7 +19,7 @@ ITERATIONS = 10
 BANDWIDTH = 0.3
 OMEGA3 = 0.01
 EPS = 1e-8
-AT_ONCE = {"cpu": 1, "cuda": 16}      # images: a CPU's cache holds one, a GPU with one mostly starts kernels
+IMAGES_AT_ONCE = {"cpu": 1, "cuda": 16}                   # a cache holds one; a GPU with one mostly waits
 
 
 def offsets(dilations):
@@ -57,11 +57,16 @@ def affinity(image, dilations=DILATIONS, omega3=OMEGA3, bandwidth=BANDWIDTH):
     unbiased standard deviation of the N neighbours' values. k_pos is the same of the distance in pixels.
     """
     N = 8 * len(dilations)
-    mean = sum(neighbours(image, dilations)) / N                                  # (B, 3, H, W)
-    variance = sum((n - mean) ** 2 for n in neighbours(image, dilations)) / (N - 1)
-    scale = 1 / ((variance.sqrt() + EPS) * bandwidth)                             # (B, 3, H, W)
-    k_rgb = torch.stack([-((n - image) * scale).square().mean(1)
-                         for n in neighbours(image, dilations)], dim=1)           # (B, N, H, W)
+    mean, squares = torch.zeros_like(image), torch.zeros_like(image)              # (B, 3, H, W) each
+    for n in neighbours(image, dilations):
+        mean += n
+    mean /= N
+    for n in neighbours(image, dilations):
+        squares += (n - mean).square_()
+    scale = 1 / (((squares / (N - 1)).sqrt() + EPS) * bandwidth)                  # (B, 3, H, W)
+    k_rgb = image.new_empty(len(image), N, *image.shape[2:])                      # (B, N, H, W)
+    for i, n in enumerate(neighbours(image, dilations)):
+        k_rgb[:, i] = -(n - image).mul_(scale).square_().mean(1)
     distance = image.new_tensor([math.hypot(dy, dx) for dy, dx in offsets(dilations)])
     k_pos = -(distance / ((distance.std() + EPS) * bandwidth)) ** 2               # (N,)
     return k_rgb.softmax(1).add_(omega3 * k_pos.softmax(0).view(1, N, 1, 1))
@@ -97,7 +102,7 @@ class PAR(nn.Module):
         masks = F.interpolate(masks.float(), size=(H, W), mode="bilinear", align_corners=True)
         masks = masks.flatten(2).transpose(1, 2).contiguous()                     # (B, HW, C)
         index = neighbour_index(H, W, self.dilations).to(image.device)            # (HW, N)
-        n = AT_ONCE.get(image.device.type, 1)
+        n = IMAGES_AT_ONCE.get(image.device.type, 1)
         for image, mask in zip(image.split(n), masks.split(n)):
             k = affinity(image, self.dilations, self.omega3, self.bandwidth)      # once: (n, N, H, W)
             weights = k.flatten(2).transpose(1, 2).flatten(0, 1).contiguous()     # (n HW, N)

@@ -187,7 +187,7 @@ def test_par_resizes_masks_with_corners_aligned():
 def test_par_gives_the_same_however_many_images_it_takes_at_once(monkeypatch):
     image, masks = torch.rand(5, 3, 20, 17), torch.rand(5, 3, 4, 4)
     alone = par.PAR()(image, masks)
-    monkeypatch.setitem(par.AT_ONCE, "cpu", 2)            # 2 + 2 + 1
+    monkeypatch.setitem(par.IMAGES_AT_ONCE, "cpu", 2)     # 2 + 2 + 1
     assert torch.equal(par.PAR()(image, masks), alone)
 
 
@@ -360,9 +360,10 @@ def test_maps_of_a_batch_are_those_of_its_images():
                                cam.class_activation_maps(vit, image[2:], centroids))
 
 
-def test_window_features_are_the_normed_cls_tokens_of_the_crops():
+def test_window_features_are_the_normed_cls_tokens_of_the_crops(monkeypatch):
+    monkeypatch.setitem(cam.PATCHES_AT_ONCE, "cpu", 4 * 64)  # four crops in a pass, and a rest
     vit, image = small_vit(), randn(1, 3, 160, 160)
-    fore, back = cam.window_features(vit, image, 64, stuff=True, batch=4)
+    fore, back = cam.window_features(vit, image, 64, stuff=True)
     mask = vit(image)[1][:, :, 1:].mean(1)
     mask = (mask > mask.mean()).view(20, 20).numpy().repeat(8, 0).repeat(8, 1)
     expected = {True: [], False: []}
@@ -1497,8 +1498,10 @@ def test_presets_are_the_rows_of_the_tables():
         "none", [], "reset", 0.5, 0)
     assert (released.aspp, released.par, released.teacher, released.teacher_weight, released.lambdas[0]) == (
         "none", [], "reset", 0.7, 0.3)
+    assert train.parse(["--data", "cocostuff27", "--preset", "released"]).teacher_weight == 0.5
     # an option goes before the preset
     assert train.parse(["--preset", "released", "--static-aspp"]).aspp == "static"
+    assert train.parse(["--preset", "transfgu", "--lambdas", "2", "1", "0", "1"]).lambdas == [2, 1, 0, 1]
 
 
 # ----------------------------------------------------------------------------
@@ -1629,6 +1632,35 @@ def test_an_interrupted_run_ends_bitwise_as_the_uninterrupted_one(uninterrupted,
     assert same(resumed, checkpoint)
 
 
+def test_a_signal_while_scoring_ends_the_run_with_that_epoch(tmp_path, monkeypatch):
+    stop, score, run = train.Stop(), train.Trainer.score, tmp_path / "run"
+
+    def told(trainer, *args):
+        stop(signal.SIGTERM, None)
+        return score(trainer, *args)
+    monkeypatch.setattr(train.Trainer, "score", told)
+    args = train.parse([*RUN, "--out", str(run)])
+    run.mkdir()
+    for epoch in (1, 2, 3):
+        (run / "log.jsonl").unlink(missing_ok=True)       # a lost log costs its lines only
+        assert train.train(args, torch.device("cpu"), stop) == (signal.SIGTERM if epoch < 3 else 0)
+        state = evaluation.load_checkpoint(run / "last.pt")
+        assert (state["epoch"], state["position"], state["last"]["epoch"]) == (epoch, 0, epoch)
+        stop.signal = 0
+    assert (run / "panels.png").exists() and (run / "curves.png").exists()        # nothing was left to do
+
+
+def test_caches_depend_on_the_constants_that_made_them(tmp_path, monkeypatch):
+    for name, value in ((None, 0), ("KEEP_MASS", 0.2), ("COVER", 0.9), ("CLEAR", 0.1), ("RESTARTS", 1)):
+        if name:
+            monkeypatch.setattr(cam, name, value)
+        before = set((tmp_path / "cache").glob("*.npy"))
+        args = train.parse([*RUN, "--out", str(tmp_path / "run")])
+        vit, _, digest = model.backbone("tiny")
+        train.prepare(args, train.open_data(args), vit.eval(), digest, torch.device("cpu"))
+        assert set((tmp_path / "cache").glob("*.npy")) - before, name
+
+
 def test_a_finished_run_says_so_and_changes_nothing(uninterrupted):
     folder, _, _ = uninterrupted
     before = (folder / "run" / "last.pt").stat().st_mtime_ns
@@ -1720,13 +1752,23 @@ def test_a_run_with_bad_numbers_stops_on_all_processes_and_keeps_its_checkpoint(
     (["--data", "folder"], "with --root"), (["--classes", "3"], "only for --data folder"),
     (["--epoch", "3"], "unrecognized"),
     (["--backbone", "resnet"], "invalid choice"), (["--size", "100"], "multiple of"),
-    (["--momentum", "1.5"], "between 0 and 1"), (["--out", "/proc/nowhere"], "cannot write there"),
+    (["--momentum", "1.5"], "between 0 and 1"), (["--seed", "-1"], "--seed -1: must be between"),
+    (["--teacher-start", "-3"], "between 0 and"), (["--jitter", "-1", "0", "0", "0"], "between 0 and 1"),
+    (["--dry-run"], "larger than an epoch"), (["--out", "/proc/nowhere"], "cannot write there"),
     (["--device", "cuda"], "no GPU" if not torch.cuda.is_available() else "")])
 def test_what_a_user_got_wrong_is_one_line_and_exit_code_2(tmp_path, args, message):
     out = [] if "--out" in args else ["--out", tmp_path / "run"]
     (code, text), = program("train.py", "--limit", "4", *out, *args)
     if message:
         assert code == 2 and message in text and "Traceback" not in text, text
+
+
+def test_a_run_folder_belongs_to_one_run_at_a_time(tmp_path):
+    lock = train.claim(tmp_path / "run")
+    (code, text), = program("train.py", *RUN, "--out", tmp_path / "run")
+    assert code == 2 and "another run is writing there" in text and "Traceback" not in text, text
+    lock.close()                                          # as the end of its process does
+    train.claim(tmp_path / "run").close()
 
 
 def test_a_process_that_fails_takes_the_others_down(tmp_path):
@@ -1769,6 +1811,15 @@ def test_predictions_have_the_images_own_size_and_class_indices(uninterrupted, t
                             "--out", tmp_path / "two")
     assert (code == 2 and "a_overlay.png would be written twice" in text
             and not (tmp_path / "two").exists()), text
+    (tmp_path / "in" / "a_overlay.png").unlink()
+    before = (tmp_path / "in" / "a.png").read_bytes()     # photographs are not overwritten by their masks
+    (code, text), = program("eval.py", folder / "run" / "best.pt", "--predict", tmp_path / "in",
+                            "--out", tmp_path / "in" / "sub" / "..")
+    assert (code == 2 and "a.png: would be overwritten" in text
+            and (tmp_path / "in" / "a.png").read_bytes() == before), text
+    (code, text), = program("eval.py", folder / "run" / "best.pt", "--predict", tmp_path / "in",
+                            "--out", tmp_path / "one", "--limit", "1")
+    assert code == 0 and "wrote 1 masks" in text, text
 
 
 def test_eval_prints_the_scores_of_the_log_and_draws_its_pictures(uninterrupted, tmp_path):
@@ -1780,14 +1831,26 @@ def test_eval_prints_the_scores_of_the_log_and_draws_its_pictures(uninterrupted,
                  ["--compare", folder / "run" / "best.pt", "--picture", tmp_path / "b.png"]):
         (code, text), = program("eval.py", folder / "run" / "last.pt", *args)
         assert code == 0 and Image.open(args[-1]).size[0] > 300, text
+    state = evaluation.load_checkpoint(folder / "run" / "last.pt") | {"teacher_on": False}
+    torch.save(state, tmp_path / "alone.pt")
+    (code, text), = program("eval.py", tmp_path / "alone.pt", "--explain", tmp_path / "photo.png",
+                            "--picture", tmp_path / "c.png")
+    assert code == 0, text
+    tiles = []                                            # in the second row, where not white
+    for name in ("a.png", "c.png"):
+        row = np.array(Image.open(tmp_path / name))[24 + 166:24 + 166 + 160]
+        tiles.append(sum((row[:, x:x + 160] < 255).any() for x in range(6, row.shape[1] - 160, 166)))
+    assert tiles == [4, 3]                                # without a teacher in use none is shown
 
 
 @pytest.mark.parametrize("args, message", [
     (["--limit", "0"], "at least 1"), (["--picture", "x.txt"], "must end in .png"),
     (["--explain", "a.png", "--predict", "b"], "by itself"),
     (["--explain", "none.png"], "none.png: cannot read"),
-    (["--predict", "assets", "--out", "/proc/nowhere"], "cannot write there")])
-def test_what_a_user_asks_wrong_of_eval_is_one_line_and_exit_code_2(uninterrupted, args, message):
+    (["--predict", "README.md", "--out", "OUT"], "1 of 1 images have no mask"),
+    (["--predict", "assets", "--out", "/proc/nowhere"], "choose another --out")])
+def test_what_a_user_asks_wrong_of_eval_is_one_line_and_exit_code_2(uninterrupted, tmp_path, args, message):
+    args = [tmp_path / "out" if a == "OUT" else a for a in args]
     (code, text), = program("eval.py", uninterrupted[0] / "run" / "best.pt", *args)
     assert code == 2 and message in text and "Traceback" not in text, text
 
@@ -2069,7 +2132,7 @@ def test_golden_cross_entropy_and_uncertainty(file):
     z, c = opened(file)
     things, logits = "things_" in file.stem, torch.from_numpy(z["masks"]).requires_grad_()
     teacher = torch.from_numpy(z["teacher_logits"]) if c["teacher"] else None
-    label, foreground, _ = losses.pseudo_label(torch.from_numpy(z["pseudo_label"]), teacher, lambda p: p, 0.5,
+    label, foreground = losses.pseudo_label(torch.from_numpy(z["pseudo_label"]), teacher, lambda p: p, 0.5,
                                                things)
     if "constant" in file.stem:
         assert (label == 0).all() and losses.uncertainty_loss(logits[:, 1:], foreground) == 0
@@ -2154,7 +2217,7 @@ def test_golden_training_step(file):
     student, teacher = (fill(model.MaskTransformer(384, c["n_cls"]), c["salts"][f"{who} decoder"])
                         for who in ("student", "teacher"))
     tokens = vit(stream(c["input"]))[0][:, 1:].detach()
-    label, foreground, _ = losses.pseudo_label(torch.from_numpy(z["pseudo_label"]),
+    label, foreground = losses.pseudo_label(torch.from_numpy(z["pseudo_label"]),
                                                teacher(tokens)[0].detach().unflatten(2, (10, 10)),
                                                lambda p: p, 0.5)
     logits, class_embeddings = student(tokens)

@@ -12,6 +12,7 @@ does not depend on the number of processes but for the order of float32 sums.
 import argparse
 import contextlib
 import datetime
+import fcntl
 import hashlib
 import json
 import math
@@ -69,7 +70,7 @@ SETTINGS = {
 # commented out: it is TransFGU with L_seg and another fusion weight (README, "What the released code does").
 TRANSFGU = dict(aspp="none", par=(), cam_scale="crop", teacher="reset", teacher_weight=0.5, dropout=0.1,
                 losses_at="patches", no_seg_loss=True)
-RELEASED = TRANSFGU | dict(teacher_weight=0.7, no_seg_loss=False)
+RELEASED = {k: v for k, v in TRANSFGU.items() if k != "teacher_weight"} | dict(no_seg_loss=False)
 ROWS = {"dmsa": {}, "transfgu": TRANSFGU, "released": RELEASED}
 
 BANK_IMAGES, BANK_WINDOWS = 10_000, 200_000               # k-means sees the windows of so many images at most
@@ -107,8 +108,8 @@ def parse(argv=None):
         help="parts that a process's batch is cut into; raise it if memory is short (default: 1)")
     add("--lr", type=float, metavar="X", help=f"learning rate of Adam, constant {by_data}")
     add("--size", type=int, metavar="PIXELS",
-        help=f"side of the squashed image; if given, crops are half of it, and the images that windows are "
-             f"cut from twice as large. Smaller is faster and worse {by_data}")
+        help=f"side of the squashed image; of another than the default, crops are half, and the images that "
+             f"windows are cut from twice as large. Smaller is faster and worse {by_data}")
     add("--limit", type=int, metavar="N", help="use the first N images of each split (default: all)")
     add("--seed", type=int, default=0, help="of everything; for shapes also of the scenes (default: 0)")
     add("--workers", type=int, default=4, metavar="N", help="threads that decode images (default: 4)")
@@ -144,8 +145,7 @@ def parse(argv=None):
     m.add_argument("--lambdas", type=float, nargs=4, metavar=("SEG", "CE", "UN", "CLS"),
         help=f"weights of Eq. 6 {by_data}")
     m.add_argument("--jitter", type=float, nargs=4, metavar=("B", "C", "S", "H"),
-        help="of brightness, contrast, saturation, 0 to 1, and hue in turns (default: 0.8 0.8 0.8 0.2, "
-             "TransFGU's)")
+        help=f"of brightness, contrast, saturation, 0 to 1, and hue in turns {by_data}")
     m.add_argument("--dropout", type=float, metavar="P",
         help="in the decoder; then results depend on the number of processes (default: 0)")
     args = p.parse_args(argv)
@@ -154,6 +154,8 @@ def parse(argv=None):
     if args.data != "folder" and args.classes is not None:
         p.error(f"--classes: only for --data folder, {args.data} has its own")
     # an option that was given wins over the row, the row over the data set's own setting
+    if args.lambdas is not None and args.no_seg_loss is None:
+        args.no_seg_loss = False
     for name, value in (SETTINGS[args.data] | ROWS[args.preset]).items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
@@ -167,7 +169,8 @@ def parse(argv=None):
     for name in ("epochs", "batch", "accumulate", "workers", "limit"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             p.error(f"--{name} {getattr(args, name)}: must be at least 1")
-    limits = {"teacher_weight": 1, "momentum": 1, "background": 1, "dropout": 0.99, "lr": math.inf}
+    limits = {"teacher_weight": 1, "momentum": 1, "background": 1, "dropout": 0.99, "lr": math.inf,
+              "seed": 2 ** 32 - 1, "teacher_start": math.inf}
     for name, high in limits.items():
         if not 0 <= getattr(args, name) <= high:
             p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be between 0 and {high}")
@@ -179,6 +182,8 @@ def parse(argv=None):
                 f"and at least {2 * patch}")
     if args.weights and not os.path.isfile(args.weights):
         p.error(f"--weights {args.weights}: no such file")
+    if not all(0 <= strength <= 1 for strength in args.jitter):
+        p.error(f"--jitter {' '.join(map(str, args.jitter))}: must be between 0 and 1")
     if any(d < 1 for d in args.par):
         p.error("--par-dilations: distances in pixels, at least 1")
     del args.no_seg_loss
@@ -271,8 +276,9 @@ def cache(folder, name, key, n, shape, dtype, compute):
         try:
             record = np.dtype([("done", "<u8"), ("x", dtype, shape)])
             np.lib.format.open_memmap(part, "w+", record, (n,)).flush()
-            with open(part, "r+b") as f:                  # reserve it: a full disk kills a memory map later
-                os.posix_fallocate(f.fileno(), 0, os.fstat(f.fileno()).st_size)
+            if hasattr(os, "posix_fallocate"):            # reserve it: a full disk kills a memory map later
+                with open(part, "r+b") as f:
+                    os.posix_fallocate(f.fileno(), 0, os.fstat(f.fileno()).st_size)
             with contextlib.suppress(FileExistsError):
                 os.link(part, file)                       # never replaces what another run made meanwhile
         except OSError as error:
@@ -294,7 +300,7 @@ def cache(folder, name, key, n, shape, dtype, compute):
                   end="\n" if count == len(missing) else "")
     array.flush()
     wait()
-    return np.load(file, mmap_mode="c")["x"]                # copy on write: nothing goes back to the file
+    return array["x"]
 
 
 def fingerprint(source):
@@ -305,8 +311,26 @@ def fingerprint(source):
     return hashlib.sha256(repr([source.ids, stats]).encode() + first).hexdigest()
 
 
+def claim(out):
+    """Make the run folder and see that it can be written to; the first process locks it against other runs.
+
+    Returns the locked file: the lock goes with it, however the process ends. Raises RunError.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = open(out / ".lock", "w")
+        if RANK == 0:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise RunError(f"{out}: another run is writing there; wait for its end, or choose another "
+                       f"--out") from None
+    except OSError as error:
+        raise RunError(f"{out}: cannot write there ({error.strerror}); choose another --out") from None
+    return lock
+
+
 def open_data(args):
-    """The splits: {"train": data set, "val": data set}; a folder has no val."""
+    """The splits: {"train": data set, "val": data set}; a folder has no val. Raises RunError, DataError."""
     sources = {}
     for split in ("train",) if args.data == "folder" else ("train", "val"):
         if RANK:                                          # the first process lists COCO's images for all
@@ -317,6 +341,9 @@ def open_data(args):
             wait()
         if args.limit:
             sources[split].limit(args.limit)
+    n = len(sources["train"]) * args.repeat
+    if n < args.batch:
+        raise RunError(f"--batch {args.batch}: larger than an epoch of {n} images; lower it")
     return sources
 
 
@@ -342,7 +369,7 @@ def prepare(args, sources, vit, digest, device):
                 centroids = find_centroids(args, vit, digest, device, source, prints, folder, pool)
             K, grid = len(centroids), S // vit.patch_size
             # the maps of a split depend on its images, the weights and the centroids, not on k-means' options
-            key = [prints, S, digest, hashlib.sha256(centroids.numpy().tobytes()).hexdigest()]
+            key = [prints, S, digest, hashlib.sha256(centroids.numpy().tobytes()).hexdigest(), cam.KEEP_MASS]
 
             def camera(group):
                 image = normalise(data.to_float(images[split][group.start:group.stop], device))
@@ -369,9 +396,10 @@ def find_centroids(args, vit, digest, device, source, prints, folder, pool):
         return out
 
     # not in the key: K and the seed, so that other numbers of clusters reuse the windows
-    key = [prints, digest, args.bank, args.window, args.scales, kinds]
+    key = [prints, digest, args.bank, args.window, args.scales, kinds, cam.COVER, cam.CLEAR, len(chosen)]
     bank = cache(folder, f"{args.data}-windows", key, len(chosen), shape, "<f2", features)
-    name = hashlib.sha256(json.dumps([key, source.things, source.stuff, args.seed]).encode()).hexdigest()[:16]
+    key = [*key, source.things, source.stuff, args.seed, cam.RESTARTS, BANK_WINDOWS]
+    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     file = folder / f"{args.data}-centroids-{name}.npy"
     if not file.exists() and LOCAL == 0:
         found, rng = [], np.random.default_rng(args.seed)
@@ -447,12 +475,6 @@ def teacher_age(args, epoch):
 # Training
 
 
-def new_head(args, dim, n_classes):
-    """An untrained student, the same for the same seed."""
-    torch.manual_seed(args.seed)
-    return Head(dim, n_classes, args.aspp != "none", args.dropout)
-
-
 def batches(args, images, maps, epoch, first, device):
     """This process's parts of every batch of an epoch, loaded one ahead of use.
 
@@ -488,16 +510,14 @@ class Trainer:
     def __init__(self, args, vit, source, centroids, device, state):
         self.args, self.source, self.centroids, self.device = args, source, centroids, device
         N = len(source.names)
-        self.network = DMSA(vit, N, args.aspp != "none", args.dropout, args.momentum)
-        self.network.student.load_state_dict(new_head(args, vit.embed_dim, N).state_dict())
-        self.network.teacher.module.load_state_dict(self.network.student.state_dict())
-        self.network.to(device).train()
+        torch.manual_seed(args.seed)                      # the same start on every process
+        self.network = DMSA(vit, N, args.aspp != "none", args.dropout, args.momentum).to(device).train()
         self.params = list(self.network.student.parameters())
         self.optimizer = torch.optim.Adam([               # L2, not on biases and norms: as the peers
             {"params": [p for p in self.params if p.ndim > 1], "weight_decay": 5e-4},
             {"params": [p for p in self.params if p.ndim <= 1], "weight_decay": 0.0}], lr=args.lr)
-        self.run = {"epoch": 0, "position": 0, "step": 0, "sums": {}, "best": -1.0, "best_epoch": 0,
-                    "cam": {}, "assignment": list(range(N))}
+        self.run = {"epoch": 0, "position": 0, "step": 0, "sums": {}, "cam": {}, "last": {}, "best": {},
+                    "assignment": list(range(N))}
         if state:
             self.network.student.load_state_dict(state["student"])
             self.network.teacher.load_state_dict(state["teacher"])
@@ -522,7 +542,8 @@ class Trainer:
     def replace_teacher(self):
         """TransFGU: the teacher becomes the student, the student starts anew; Adam's state is kept."""
         self.network.teacher.module.load_state_dict(self.network.student.state_dict())
-        fresh = new_head(self.args, self.network.vit.embed_dim, len(self.source.names))
+        torch.manual_seed(self.args.seed)                 # the start that __init__ had
+        fresh = Head(self.network.vit.embed_dim, len(self.source.names), self.args.aspp != "none")
         self.network.student.load_state_dict(fresh.state_dict())
 
     @torch.no_grad()
@@ -535,15 +556,15 @@ class Trainer:
         for samples, image, cams, draws in parts:
             # PAR sees the crop before colour jitter, the network after it (decision 24)
             image, cams, _ = data.crop(image, cams, draws, args.crop, network.vit.patch_size)
-            seen = normalise(data.augment(image, draws))                          # (b, 3, S, S), in fp32
+            seen = normalise(data.augment(image, draws))                          # (b, 3, H, W), in fp32
             with self.low_precision():
                 features = network.features(seen)                                 # (b, D, h, w), twice
                 teacher = None                            # (b, N, h, w) logits once the teacher takes part
                 if teacher_age(args, epoch) is not None:
                     teacher = network.decode(network.teacher, features, self.rates(epoch))[0].float()
-            label, foreground, _ = pseudo_label(cams, teacher, refine, args.teacher_weight,
-                                                self.source.background, args.background,
-                                                args.cam_scale == "image")        # (b, H, W) each
+            label, foreground = pseudo_label(cams, teacher, refine, args.teacher_weight,
+                                             self.source.background, args.background,
+                                             args.cam_scale == "image")           # (b, H, W) each
             out.append((samples, features, label, foreground))
             counts += pixel_counts(label, foreground, self.thing)
         return out, counts
@@ -559,7 +580,7 @@ class Trainer:
         args, network = self.args, self.network
         permutation, alpha, age = None, 0.0, teacher_age(args, epoch)
         if age is not None:                               # one for the whole batch, the same on every process
-            rng = np.random.default_rng((args.seed, epoch, self.run["step"], 0))
+            rng = np.random.default_rng((args.seed, epoch, self.run["step"]))
             permutation = torch.from_numpy(rng.permutation(len(self.source.names))).to(self.device)
             alpha = permutation_weight(age)
         torch.manual_seed(args.seed + 1009 * self.run["step"] + 31 * RANK)        # only dropout draws from it
@@ -653,13 +674,15 @@ def open_log(out, state):
     if RANK == 0:
         lines = log.read_text().splitlines(True) if state and log.exists() else []
         whole = [line for line in lines if line.endswith("\n")]                   # a kill may cut the last
-        log.write_text("".join(line for line in whole if json.loads(line)["step"] <= state["step"]))
+        part = Path(f"{log}.part")
+        part.write_text("".join(line for line in whole if json.loads(line)["step"] <= state["step"]))
+        part.replace(log)
     return log
 
 
 def speed(args, device, steps, seconds, waited):
     """What an epoch of `steps` steps cost: images per second, share of waiting for data, memory in GB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated()
     return {"images_per_s": steps * args.batch / seconds, "data_wait": waited / seconds,
@@ -676,9 +699,6 @@ def train(args, device, stop):
         return 0
     sources = open_data(args)
     source, steps = sources["train"], len(sources["train"]) * args.repeat // args.batch
-    if not steps:
-        raise RunError(f"--batch {args.batch}: larger than an epoch of {len(source)} images x {args.repeat}; "
-                       f"lower it")
     loaded = backbone(args.backbone, args.weights) if LOCAL == 0 else None        # one a machine fetches
     wait()
     vit, weights, digest = loaded or backbone(args.backbone, args.weights)
@@ -725,17 +745,21 @@ def train(args, device, stop):
                 return ended_by
         means = "  ".join(f"{name} {value / steps:.4f}" for name, value in run["sums"].items())
         run["epoch"], run["position"], run["sums"], names = epoch, 0, {}, ["last.pt"]
-        if labels is not None and record["miou"] + record["accuracy"] > run["best"]:
-            run["best"], run["best_epoch"] = record["miou"] + record["accuracy"], epoch
-            names = ["best.pt", "last.pt"]                # chosen on val, as the peers do
+        if labels is not None:
+            run["last"] = {name: record[name] for name in ("epoch", "miou", "accuracy")}
+            total = lambda scored: scored["miou"] + scored["accuracy"]
+            if not run["best"] or total(run["last"]) > total(run["best"]):        # on val, as the peers
+                run["best"], names = run["last"], ["best.pt", "last.pt"]
         trainer.save(*names)
         shown = "" if labels is None else (f"  mIoU {record['miou']:.2f} accuracy {record['accuracy']:.2f} "
                                            f"clusters {record['clusters']}")
         say(f"epoch {epoch}/{args.epochs}  {means}{shown}  rates {record['rates']}  "
             f"{record['images_per_s']:.0f} images/s  wait {100 * record['data_wait']:.0f} %  "
             f"{record['peak_gb']:.2f} GB")
-        if ended_by:
+        ended_by = ended_by or stop.summed(counts)[1]     # or while scoring
+        if ended_by and epoch < args.epochs:
             return ended_by
+    stop.finish_step = False
     finish(trainer, images["train" if labels is None else "val"], labels, log)
     return 0
 
@@ -750,11 +774,10 @@ def finish(trainer, images, labels, log):
            None if labels is None else np.ascontiguousarray(labels[:6]), out / "panels.png", trainer.par)
     curves(log, out / "curves.png")
     if labels is not None:
-        scored = {r["epoch"]: r for r in map(json.loads, log.read_text().splitlines()) if "miou" in r}
-        say("  ".join(f"{name}: mIoU {r['miou']:.2f} accuracy {r['accuracy']:.2f};" for name, r in (
-            ("last epoch", scored[run["epoch"]]),
-            (f"best epoch, {run['best_epoch']}, chosen on val", scored[run["best_epoch"]])))
-            + f"  CAM labels: mIoU {run['cam']['cam_miou']:.2f}")
+        last, best = run["last"], run["best"]
+        say(f"last epoch: mIoU {last['miou']:.2f} accuracy {last['accuracy']:.2f};  "
+            f"best epoch, {best['epoch']}, chosen on val: mIoU {best['miou']:.2f} accuracy "
+            f"{best['accuracy']:.2f};  CAM labels: mIoU {run['cam']['cam_miou']:.2f}")
     say(f"wrote {out}/: log.jsonl, last.pt, {'' if labels is None else 'best.pt, '}panels.png, curves.png")
 
 
@@ -769,18 +792,13 @@ def main():
                            f"{args.accumulate}; raise --batch or lower these")
         device = start_processes(args.device)
         if args.dry_run:
+            resume(args, Path(args.out))
             for split, source in open_data(args).items():
                 say(f"{split}: {len(source)} images")
             backbone(args.backbone, args.weights)
             say(json.dumps(vars(args), indent=1))
         else:
-            try:
-                Path(args.out).mkdir(parents=True, exist_ok=True)
-                (Path(args.out) / f".{RANK}").touch()
-                (Path(args.out) / f".{RANK}").unlink()
-            except OSError as error:
-                raise RunError(f"{args.out}: cannot write there ({error.strerror}); "
-                               f"choose another --out") from None
+            lock = claim(Path(args.out))                  # held until this process ends
             number = train(args, device, stop)
             if number:
                 say(f"signal {number}: saved, the same command goes on")
