@@ -109,9 +109,10 @@ class PAR(nn.Module):
             del k                                         # as large as all that is left
             first = torch.arange(len(image), dtype=torch.int32, device=image.device) * (H * W)
             rows = (index + first[:, None, None]).flatten(0, 1)                   # (n HW, N)
-            mask = mask.flatten(0, 1)                                             # (n HW, C), a view
-            for _ in range(self.iterations):              # row p: sum_j weights[p, j] * mask[rows[p, j]]
-                mask.copy_(F.embedding_bag(rows, mask, mode="sum", per_sample_weights=weights))
+            refined = mask.flatten(0, 1)                                          # (n HW, C)
+            for _ in range(self.iterations):              # row p: sum_j weights[p, j] * refined[rows[p, j]]
+                refined = F.embedding_bag(rows, refined, mode="sum", per_sample_weights=weights)
+            mask.copy_(refined.view_as(mask))
         return masks.transpose(1, 2).unflatten(2, (H, W))                         # (B, C, H, W)
 
 

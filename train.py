@@ -597,13 +597,13 @@ class Trainer:
         sums = summed(torch.cat([p.grad.flatten() for p in self.params] + [values]))
         *gradients, values = sums.split([p.numel() for p in self.params] + [5])  # flat, as in params
         values = dict(zip(loss, values.tolist()))
-        if not sums.isfinite().all():
+        if not sums.sum().isfinite():                     # NaN and infinity reach a sum
             wrong = not_finite(values, gradients, network.student)
             names = [str(self.source.ids[s % len(self.source)]) for part in parts for s in part[0]]
             raise FloatingPointError(f"step {self.run['step'] + 1}: {wrong} not finite; the first samples of "
                                      f"process {RANK}: {', '.join(names[:8])}; the last checkpoint is kept")
         for p, gradient in zip(self.params, gradients):
-            p.grad.copy_(gradient.view_as(p).clamp(-1, 1))                        # as TransFGU
+            p.grad = gradient.view_as(p).clamp_(-1, 1)                            # as TransFGU
         self.optimizer.step()
         if args.teacher == "ema":
             network.teacher.update_parameters(network.student)

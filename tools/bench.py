@@ -45,7 +45,7 @@ from par import BANDWIDTH, DILATIONS, EPS, ITERATIONS, OMEGA3, PAR  # noqa: E402
 
 BUDGET = 6.0                                              # seconds: a form timed so long is not called again
 KEPT = 35                                                 # of 70 windows: about what lies on the foreground
-M_MMAP_THRESHOLD = -3                                     # of glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3               # of glibc's malloc.h
 
 
 # ----------------------------------------------------------------------------
@@ -283,6 +283,7 @@ def measure(case, repeat):
         results[name] = form()
         first[name], seconds[name], mb[name] = time.perf_counter() - begin, [], peak() - start
     mallopt(M_MMAP_THRESHOLD, 2 ** 25)                    # what glibc comes to by itself
+    mallopt(M_TRIM_THRESHOLD, 2 ** 26)
     for _ in range(repeat):
         for name, form in forms.items():
             if first[name] < 2 * BUDGET and sum(seconds[name]) < BUDGET:
