@@ -146,7 +146,7 @@ def cluster(features, k, seed=0, restarts=RESTARTS):
     Euclidean distance of un-normalised features, as TransFGU; its single start at random points often sticks
     in a poor optimum. Raises ValueError if there are fewer than k features.
     """
-    features = np.asarray(features, dtype=np.float32)
+    features = torch.as_tensor(features).detach().float().numpy()
     if len(features) < k:
         raise ValueError(f"{len(features)} windows are too few for {k} clusters: "
                          f"give more images or fewer classes")
@@ -180,6 +180,7 @@ def class_activation_maps(vit, image, centroids):
     image      (B, 3, H, W) normalised
     centroids  (K, D) tensor, of `cluster`
     returns    (B, K, h, w) >= 0; every image by itself, whatever else is in the batch (decision 10)
+    raises     RuntimeError under torch.inference_mode(), which no gradient is possible in; no_grad() is well
 
     alpha^c is the gradient of cos(CLS feature, centroid c) in the CLS row of the last attention A, mean over
     heads. Eq. 5 weighs A by it; TransFGU adds the two (decision 9): L^c = A / max A + the largest alpha^c

@@ -135,6 +135,8 @@ def open_image(path, upright=False):
     with _opened(path) as image:
         if upright:
             image = ImageOps.exif_transpose(image)
+        if image.mode == "F" or image.mode == "I" and np.asarray(image).max() > 65535:
+            raise DataError(f"{path}: its range of values is not known; make it an 8-bit image")
         if image.mode.startswith("I;16") or image.mode == "I":                    # 16-bit grey
             image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
         return np.array(image.convert("RGB"))
@@ -241,8 +243,10 @@ class VOC(Dataset):
             raise DataError(f"{file}: no such list; " + (
                 "the augmented set (SBD) is not on VOC's host, see README, Data"
                 if name == "train_aug" else how))
-        self.split, self.ids = name, file.read_text(errors="replace").split()
-        ordered = sorted(self.ids)
+        lines = file.read_text("utf-8-sig", errors="replace").splitlines()
+        # DeepLab's lists have "/JPEGImages/ID.jpg /SegmentationClassAug/ID.png", the devkit's others flags
+        self.ids = [Path(line.split()[0]).name.removesuffix(".jpg") for line in lines if line.strip()]
+        self.split, ordered = name, sorted(self.ids)
         twice = next((a for a, b in zip(ordered, ordered[1:]) if a == b), None)
         if twice or not self.ids:
             raise DataError(
@@ -274,7 +278,8 @@ class COCO(Dataset):
         self.all = sorted(p.stem for p in images.glob("*.jpg"))
         if not self.all:
             raise DataError(f"{images}: no .jpg images; {how}")
-        key = hashlib.sha256("\n".join([str(labels.resolve()), *self.all]).encode()).hexdigest()[:16]
+        stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(labels.glob("*.png"))]
+        key = hashlib.sha256(repr([str(labels.resolve()), self.all, stats]).encode()).hexdigest()[:16]
         listed = Path(cache) / f"coco-{split}-{key}.txt" if cache else None
         if listed and listed.is_file():
             self.ids = listed.read_text().splitlines()
@@ -317,7 +322,8 @@ class Folder(Dataset):
         walk = os.walk(root, onerror=refuse) if root.is_dir() else ()             # without links to folders
         for folder, below, files in walk:
             below.sort()                                  # a folder named like an image is refused on use
-            found += [Path(folder) / f for f in sorted(below + files) if f.lower().endswith(SUFFIXES)]
+            found += [Path(folder) / f for f in sorted(below + files)
+                      if f.lower().endswith(SUFFIXES) and not f.startswith(".")]  # macOS adds ._NAME
         if not found:
             raise DataError(f"{root}: no images here; give a folder with any of {' '.join(SUFFIXES)}")
         self.images = found
@@ -643,6 +649,11 @@ def unpack(file, folder):
                 archive.extractall(folder)
     except DataError:
         raise
+    except OSError as error:
+        if error.errno is None:                           # tarfile's own
+            raise DataError(f"{file}: cannot unpack ({_reason(error)}); remove it and get it again") from None
+        raise DataError(f"{file}: cannot unpack into {folder} ({_reason(error)}); mend that, "
+                        "the same command goes on") from None
     except Exception as error:                            # zlib, lzma, zipfile, tarfile each have their own
         raise DataError(f"{file}: cannot unpack ({_reason(error)}); remove it and get it again") from None
 
@@ -711,6 +722,8 @@ def main():
     p.add_argument("--root", default="data",
         help="folder of the data sets, or of the images for folder (default: data)")
     args = p.parse_args()
+    if args.data != "shapes" and not args.check or args.url and not args.download:
+        p.error("--data goes with --check, --url with --download")
     try:
         if args.download:
             download(args.download, args.root, args.url)

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
 from scipy.optimize import linear_sum_assignment
 
 import cam
@@ -30,6 +31,7 @@ from model import BACKBONES, DMSA, VisionTransformer, WeightsError, normalise, r
 from par import PAR
 
 GROUP = 16                                                # images of one forward pass
+SOFTWARE = "DMSA in plain PyTorch, eval.py"               # marks its pictures: it replaces no others
 
 
 class CheckpointError(ValueError):
@@ -292,10 +294,45 @@ def report(result, names):
           f"clusters in use {result['clusters']} of {len(names)}")
 
 
+def written_here(file):
+    """Whether a file is a picture that `write` wrote."""
+    try:
+        with Image.open(file) as picture:
+            return picture.info.get("Software") == SOFTWARE
+    except OSError:
+        return False
+
+
+def spare(file):
+    """Raise DataError if there is anything else than such a picture (a photograph) where one is to go."""
+    if file.exists() and not written_here(file):
+        raise data.DataError(f"{file}: exists, and eval.py did not write it; choose another --out or "
+                             f"--picture, or remove it")
+
+
+def write(picture, file):
+    """Save a PNG with the mark that `written_here` looks for. Raises DataError instead of losing a file."""
+    spare(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    info = PngInfo()
+    info.add_text("Software", SOFTWARE)
+    picture.save(file, pnginfo=info)
+
+
+def photographs(path):
+    """The images at `path`, without the pictures that earlier calls wrote there."""
+    found = data.Folder(path)
+    kept = [i for i, file in enumerate(found.images) if not written_here(file)]
+    found.images, found.ids = [found.images[i] for i in kept], [found.ids[i] for i in kept]
+    if not kept:
+        raise data.DataError(f"{path}: only pictures that eval.py wrote; give a folder of photographs")
+    return found
+
+
 def predict(network, checkpoint, args):
     """--predict: of each image a palette PNG of class indices at its own size, an overlay, and one legend."""
     colours, assignment = data.palette(), np.array(checkpoint["assignment"])
-    found, out = data.Folder(args.predict), Path(args.out)
+    found, out = photographs(args.predict), Path(args.out)
     if args.limit:
         found.limit(args.limit)
     names = Counter(["legend", *found.ids, *(f"{i}_overlay" for i in found.ids)])
@@ -303,10 +340,9 @@ def predict(network, checkpoint, args):
     if times > 1:
         raise data.DataError(f"{args.predict}: {name}.png would be written twice (mask, and overlay "
                              f"or legend); rename that image")
-    lost = {(out / f"{name}.png").resolve() for name in names} & {Path(p).resolve() for p in found.images}
-    if lost:
-        raise data.DataError(f"{min(lost)}: would be overwritten by its mask; choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
+    for name in names:                                    # before anything is written
+        spare(out / f"{name}.png")
+    write(page([], ["legend", *[""] * 5], checkpoint["names"], colours), out / "legend.png")
     unreadable = 0
     for i in range(len(found)):
         try:
@@ -318,13 +354,11 @@ def predict(network, checkpoint, args):
         clusters = segment_image(network, image, checkpoint["rates"], checkpoint["args"]["size"],
                                  args.native, args.refine)
         mask = assignment[clusters]                                               # (H, W) of classes
-        target = out / found.ids[i]
-        target.parent.mkdir(parents=True, exist_ok=True)
         picture = Image.fromarray(mask.astype(np.uint8))
         picture.putpalette(colours.flatten().tolist())    # the file holds class indices, viewers show colours
-        picture.save(f"{target}.png")
-        Image.blend(Image.fromarray(image), Image.fromarray(colours[mask]), 0.5).save(f"{target}_overlay.png")
-    page([], ["legend", *[""] * 5], checkpoint["names"], colours).save(out / "legend.png")
+        write(picture, out / f"{found.ids[i]}.png")
+        overlay = Image.blend(Image.fromarray(image), Image.fromarray(colours[mask]), 0.5)
+        write(overlay, out / f"{found.ids[i]}_overlay.png")
     n = len(found) - unreadable
     print(f"wrote {n} masks, {n} overlays and legend.png to {out}/")
     if unreadable:
@@ -341,9 +375,9 @@ def compare(network, checkpoint, args):
                                   f"one data set")
         columns.append((restore(other), other))
     if args.predict:
-        source, truth = data.Folder(args.predict), False
+        source, truth = photographs(args.predict), False
     else:
-        source, truth = open_split(checkpoint, args), checkpoint["args"]["data"] != "folder"
+        source, truth = open_split(checkpoint, args), (args.data or checkpoint["args"]["data"]) != "folder"
     rows = []                                             # each checkpoint at its own size, rates, assignment
     for i in range(min(len(source), args.limit or 6)):
         image = source.image(i)
@@ -354,7 +388,7 @@ def compare(network, checkpoint, args):
         rows.append(row + ([colours[data.squash(source.label(i), 160, "nearest")]] if truth else []))
     titles = ["image", *(str(Path(file).with_suffix(""))[-26:] for file in [args.checkpoint, *args.compare]),
               "truth"]
-    page(rows, titles[:len(rows[0])], checkpoint["names"], colours).save(args.picture)
+    write(page(rows, titles[:len(rows[0])], checkpoint["names"], colours), Path(args.picture))
     print(f"wrote {args.picture}: {len(rows)} images, {len(columns)} checkpoints")
 
 
@@ -379,7 +413,7 @@ def explain(network, checkpoint, args):
     titles = ["image", "attention"] + [f"CAM: {checkpoint['names'][assignment[k + first]]}" for k in found]
     titles += [""] * (4 - len(titles))
     rows = [row + [blank] * (len(titles) - len(row)) for row in (top, low)]
-    page(rows, titles, checkpoint["names"], colours).save(args.picture)
+    write(page(rows, titles, checkpoint["names"], colours), Path(args.picture))
     print(f"wrote {args.picture}: every stage of Fig. 2 for {args.explain}")
 
 
@@ -418,11 +452,13 @@ def parse(argv=None):
     args = p.parse_args(argv)
     if args.limit is not None and args.limit < 1:
         p.error(f"--limit {args.limit}: must be at least 1")
+    if "" in (args.predict, args.explain):
+        p.error("--predict, --explain: an empty name")
     if args.explain and (args.predict or args.compare):
         p.error("--explain: takes one photograph; run --predict or --compare by itself")
     args.picture = args.picture or ("explain.png" if args.explain else "compare.png")
-    if not args.picture.lower().endswith((".png", ".jpg", ".jpeg")):
-        p.error(f"--picture {args.picture}: must end in .png or .jpg")
+    if not args.picture.lower().endswith(".png"):
+        p.error(f"--picture {args.picture}: must end in .png")
     args.refine = PAR((1, 2, 4, 8)) if args.par else None
     return args
 
@@ -439,7 +475,7 @@ def main():
         elif args.predict:
             predict(network, checkpoint, args)
         elif (args.data or checkpoint["args"]["data"]) == "folder":
-            raise CheckpointError(f"{args.checkpoint}: trained on a folder without labels: nothing to score; "
+            raise CheckpointError(f"{args.checkpoint}: a folder has no labels: nothing to score; "
                                   f"use --predict")
         else:
             source, trained = open_split(checkpoint, args), checkpoint["args"]

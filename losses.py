@@ -32,7 +32,7 @@ def permutation_weight(t):
 def min_max(cam):
     """Per image over all K maps: (B, K, h, w) of any scale -> [0, 1]. Constant maps become 0, not NaN."""
     low, high = cam.amin((1, 2, 3), keepdim=True), cam.amax((1, 2, 3), keepdim=True)
-    return (cam - low) / (high - low).clamp(min=1e-12)
+    return (cam - low) / (high - low).clamp(min=torch.finfo(cam.dtype).tiny)
 
 
 def cam_probabilities(cam, background=True, threshold=THRESHOLD, scaled=False):

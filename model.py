@@ -253,7 +253,7 @@ class MaskTransformer(nn.Module):
 
     dim        width of the encoder's tokens, D
     n_classes  N
-    width      width inside, default dim; heads: default one per 64 channels; depth: transformer blocks
+    width      width inside, default dim; heads: default about one per 64 channels; depth: transformer blocks
     dropout    none by default (decision 22); the peers have 0.1
     """
 
@@ -263,7 +263,7 @@ class MaskTransformer(nn.Module):
         self.n_classes = n_classes
         self.proj_dec = nn.Linear(dim, width)
         self.cls_emb = nn.Parameter(torch.zeros(1, n_classes, width))
-        heads = heads or max(1, width // 64)
+        heads = heads or math.gcd(width, max(1, width // 64))                     # they must divide the width
         # no bias in qkv, and LayerNorm's usual eps, as in TransFGU's copy of Segmenter
         self.blocks = nn.ModuleList(Block(width, heads, qkv_bias=False, eps=1e-5, dropout=dropout)
                                     for _ in range(depth))

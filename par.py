@@ -47,16 +47,17 @@ def neighbour_index(H, W, dilations):
     return (y[:, None] * W + x).flatten(0, 1)
 
 
+@torch.no_grad()
 def affinity(image, dilations=DILATIONS, omega3=OMEGA3, bandwidth=BANDWIDTH):
     """Eq. 4: k = softmax(k_rgb) + omega3 * softmax(k_pos), both over the N = 8 * |dilations| neighbours.
 
     image    (B, 3, H, W), any range: colour differences are divided by their own standard deviation
-    returns  (B, N, H, W); sums to 1 + omega3 over N
+    returns  (B, N, H, W) in fp32; sums to 1 + omega3 over N
 
     k_rgb = -((|I_kl - I_ij| / std_rgb) / bandwidth)^2, averaged over the three colours; std_rgb is the
     unbiased standard deviation of the N neighbours' values. k_pos is the same of the distance in pixels.
     """
-    N = 8 * len(dilations)
+    image, N = image.float(), 8 * len(dilations)
     mean, squares = torch.zeros_like(image), torch.zeros_like(image)              # (B, 3, H, W) each
     for n in neighbours(image, dilations):
         mean += n
@@ -98,7 +99,6 @@ class PAR(nn.Module):
         if len(image) != len(masks):
             raise ValueError(f"{len(image)} images but {len(masks)} masks")
         H, W = image.shape[2:]
-        image = image.float()                                                     # also under autocast
         masks = F.interpolate(masks.float(), size=(H, W), mode="bilinear", align_corners=True)
         masks = masks.flatten(2).transpose(1, 2).contiguous()                     # (B, HW, C)
         index = neighbour_index(H, W, self.dilations).to(image.device)            # (HW, N)

@@ -354,6 +354,18 @@ def test_class_activation_maps_equal_k_full_backward_passes():
             torch.testing.assert_close(maps[n, c].flatten(), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_half_precision_and_gradients_of_others_do_no_harm():
+    assert (losses.min_max(torch.zeros(1, 2, 3, 3, dtype=torch.float16)) == 0).all()
+    image = torch.full((1, 3, 8, 8), 0.5, dtype=torch.float16, requires_grad=True)
+    k = par.affinity(image, (1, 2))                       # (1, 16, 8, 8)
+    torch.testing.assert_close(k.sum(1), torch.full((1, 8, 8), 1 + par.OMEGA3))
+    assert not k.requires_grad
+    features = randn(40, 4).bfloat16().requires_grad_()
+    assert cam.cluster(features, 2).shape == (2, 4)
+    for width in (48, 200, 384):                          # heads divide the width
+        assert model.MaskTransformer(width, 3)(randn(1, 4, width))[0].shape == (1, 3, 4)
+
+
 def test_maps_of_a_batch_are_those_of_its_images():
     vit, image, centroids = small_vit(), randn(3, 3, 64, 96), randn(5, 48)
     torch.testing.assert_close(cam.class_activation_maps(vit, image, centroids)[2:],
@@ -840,6 +852,20 @@ def test_images_of_every_mode_and_of_one_pixel_become_rgb(tmp_path, mode, suffix
         decoded = data.open_image(tmp_path / f"a.{suffix}")
         assert (decoded.shape == (height, width, 3) and decoded.dtype == np.uint8
                 and (decoded == expected).all())
+
+
+def test_images_of_unknown_range_are_refused(tmp_path):
+    for i, (mode, value) in enumerate((("F", 0.5), ("I", 70_000))):
+        Image.new(mode, (3, 3), value).save(tmp_path / f"{i}.tif")
+        _refused(lambda: data.open_image(tmp_path / f"{i}.tif"), f"{i}.tif", "8-bit")
+
+
+def test_voc_lists_of_other_makers_are_read(tmp_path):
+    base = _voc(tmp_path / "VOC2012")
+    ids, file = data.VOC(tmp_path).ids, base / "ImageSets/Segmentation/train.txt"
+    for line in ("/JPEGImages/{0}.jpg /SegmentationClassAug/{0}.png", "{}  1", "{}\r"):
+        file.write_text("\ufeff" + "\n".join(line.format(i) for i in ids), "utf-8")
+        assert data.VOC(tmp_path).ids == ids
 
 
 def test_photographs_are_turned_as_their_exif_says_and_data_sets_are_not(tmp_path):
@@ -1647,7 +1673,20 @@ def test_a_signal_while_scoring_ends_the_run_with_that_epoch(tmp_path, monkeypat
         state = evaluation.load_checkpoint(run / "last.pt")
         assert (state["epoch"], state["position"], state["last"]["epoch"]) == (epoch, 0, epoch)
         stop.signal = 0
-    assert (run / "panels.png").exists() and (run / "curves.png").exists()        # nothing was left to do
+    (run / "curves.png").unlink()                         # as if it had ended before its pictures
+    assert train.train(args, torch.device("cpu"), stop) == 0
+    assert (run / "panels.png").exists() and (run / "curves.png").exists()
+
+
+def test_machines_that_do_not_share_their_folder_are_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "WORLD", 2)
+    monkeypatch.setattr(train, "summed", lambda tensor: tensor)
+    with pytest.raises(train.RunError, match="all must share this folder"):       # the other half never comes
+        train.cache(tmp_path, "x", [], 64, (2,), "u1", lambda group: np.ones((len(group), 2)))
+    args = train.parse([*RUN, "--out", str(tmp_path / "run")])
+    with pytest.raises(train.RunError, match="must share this folder"):
+        monkeypatch.setattr(train, "summed", lambda tensor: tensor + torch.tensor([4, 16]))   # step 0 and 4
+        train.train(args, torch.device("cpu"), train.Stop())
 
 
 def test_caches_depend_on_the_constants_that_made_them(tmp_path, monkeypatch):
@@ -1666,6 +1705,17 @@ def test_a_finished_run_says_so_and_changes_nothing(uninterrupted):
     before = (folder / "run" / "last.pt").stat().st_mtime_ns
     (code, text), = program("train.py", *RUN, "--out", folder / "run")
     assert code == 0 and "finished" in text and (folder / "run" / "last.pt").stat().st_mtime_ns == before
+
+
+def test_with_dropout_a_run_goes_on_with_the_same_accumulate_only(tmp_path):
+    args = train.parse([*RUN, "--dropout", "0.1"])
+    torch.save({"args": vars(args)}, tmp_path / "last.pt")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "load_checkpoint", lambda file: torch.load(file, weights_only=True))
+        train.resume(args, tmp_path)
+        args.accumulate = 2
+        with pytest.raises(train.RunError, match="--accumulate 1, now 2"):
+            train.resume(args, tmp_path)
 
 
 def test_resuming_with_another_option_is_refused_with_its_name(uninterrupted):
@@ -1752,6 +1802,7 @@ def test_a_run_with_bad_numbers_stops_on_all_processes_and_keeps_its_checkpoint(
     (["--data", "folder"], "with --root"), (["--classes", "3"], "only for --data folder"),
     (["--epoch", "3"], "unrecognized"),
     (["--backbone", "resnet"], "invalid choice"), (["--size", "100"], "multiple of"),
+    (["--lr", "inf"], "between 0 and 1"), (["--lambdas", "nan", "1", "1", "1"], "must be numbers"),
     (["--momentum", "1.5"], "between 0 and 1"), (["--seed", "-1"], "--seed -1: must be between"),
     (["--teacher-start", "-3"], "between 0 and"), (["--jitter", "-1", "0", "0", "0"], "between 0 and 1"),
     (["--dry-run"], "larger than an epoch"), (["--out", "/proc/nowhere"], "cannot write there"),
@@ -1812,14 +1863,26 @@ def test_predictions_have_the_images_own_size_and_class_indices(uninterrupted, t
     assert (code == 2 and "a_overlay.png would be written twice" in text
             and not (tmp_path / "two").exists()), text
     (tmp_path / "in" / "a_overlay.png").unlink()
-    before = (tmp_path / "in" / "a.png").read_bytes()     # photographs are not overwritten by their masks
-    (code, text), = program("eval.py", folder / "run" / "best.pt", "--predict", tmp_path / "in",
-                            "--out", tmp_path / "in" / "sub" / "..")
-    assert (code == 2 and "a.png: would be overwritten" in text
-            and (tmp_path / "in" / "a.png").read_bytes() == before), text
+    for _ in range(2):                                    # the second time leaves out what the first wrote
+        (code, text), = program("eval.py", folder / "run" / "best.pt", "--predict", tmp_path / "in",
+                                "--out", tmp_path / "in" / "masks")
+        assert code == 0 and "wrote 2 masks" in text, text
     (code, text), = program("eval.py", folder / "run" / "best.pt", "--predict", tmp_path / "in",
                             "--out", tmp_path / "one", "--limit", "1")
     assert code == 0 and "wrote 1 masks" in text, text
+
+
+def test_eval_writes_over_nothing_but_its_own_pictures(uninterrupted, tmp_path):
+    checkpoint, photo = uninterrupted[0] / "run" / "best.pt", tmp_path / "in" / "a.png"
+    photo.parent.mkdir()
+    Image.fromarray(data.shapes(1, 96)[0]).save(photo)
+    Image.fromarray(data.shapes(2, 96)[0]).save(tmp_path / "a.jpg")
+    before = photo.read_bytes()
+    for args in (["--predict", photo, "--out", photo.parent], ["--explain", photo, "--picture", photo],
+                 ["--predict", tmp_path / "a.jpg", "--out", photo.parent]):
+        (code, text), = program("eval.py", checkpoint, *args)
+        assert code == 2 and "a.png: exists, and eval.py did not write it" in text, text
+        assert photo.read_bytes() == before and os.listdir(photo.parent) == ["a.png"]
 
 
 def test_eval_prints_the_scores_of_the_log_and_draws_its_pictures(uninterrupted, tmp_path):

@@ -147,7 +147,7 @@ def parse(argv=None):
     m.add_argument("--jitter", type=float, nargs=4, metavar=("B", "C", "S", "H"),
         help=f"of brightness, contrast, saturation, 0 to 1, and hue in turns {by_data}")
     m.add_argument("--dropout", type=float, metavar="P",
-        help="in the decoder; then results depend on the number of processes (default: 0)")
+        help="in the decoder; results then depend on the number of processes and --accumulate (default: 0)")
     args = p.parse_args(argv)
     if args.data == "folder" and not args.root:
         p.error("--data folder: give the folder of images with --root")
@@ -169,7 +169,7 @@ def parse(argv=None):
     for name in ("epochs", "batch", "accumulate", "workers", "limit"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             p.error(f"--{name} {getattr(args, name)}: must be at least 1")
-    limits = {"teacher_weight": 1, "momentum": 1, "background": 1, "dropout": 0.99, "lr": math.inf,
+    limits = {"teacher_weight": 1, "momentum": 1, "background": 1, "dropout": 0.99, "lr": 1,
               "seed": 2 ** 32 - 1, "teacher_start": math.inf}
     for name, high in limits.items():
         if not 0 <= getattr(args, name) <= high:
@@ -182,6 +182,8 @@ def parse(argv=None):
                 f"and at least {2 * patch}")
     if args.weights and not os.path.isfile(args.weights):
         p.error(f"--weights {args.weights}: no such file")
+    if not all(0 <= weight < math.inf for weight in args.lambdas):
+        p.error(f"--lambdas {' '.join(map(str, args.lambdas))}: must be numbers of at least 0")
     if not all(0 <= strength <= 1 for strength in args.jitter):
         p.error(f"--jitter {' '.join(map(str, args.jitter))}: must be between 0 and 1")
     if any(d < 1 for d in args.par):
@@ -231,9 +233,12 @@ def wait():
 
 
 def say(*words):
-    """Print, on the first process."""
-    if RANK == 0:
-        print(*words, flush=True)
+    """Print, on the first process. A reader that has gone, as of `| head`, does not end the run."""
+    try:
+        if RANK == 0:
+            print(*words, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Stop:
@@ -300,6 +305,8 @@ def cache(folder, name, key, n, shape, dtype, compute):
                   end="\n" if count == len(missing) else "")
     array.flush()
     wait()
+    if not array["done"][[group[-1] for group in groups(n)]].all():
+        raise RunError(f"{file}: what other machines computed is not there: all must share this folder")
     return array["x"]
 
 
@@ -447,8 +454,9 @@ def resume(args, out):
     if not (out / "last.pt").exists():
         return None
     state = load_checkpoint(out / "last.pt")
+    may_differ = MAY_DIFFER - ({"accumulate"} if args.dropout else set())
     for name, value in vars(args).items():
-        if name not in MAY_DIFFER and state["args"].get(name) != value:
+        if name not in may_differ and state["args"].get(name) != value:
             raise RunError(f"{out}/last.pt: begun with --{name.replace('_', '-')} {state['args'].get(name)}, "
                            f"now {value}: use another --out, or the same option to go on")
     return state
@@ -693,7 +701,11 @@ def train(args, device, stop):
     """The whole run: prepare, loop, evaluate, save. Returns the number of the signal that ended it, or 0."""
     out = Path(args.out)
     state = resume(args, out)
-    if state and state["epoch"] >= args.epochs:
+    step = state["step"] if state else 0
+    seen, squares = summed(torch.tensor([step, step ** 2], device=device)).tolist()
+    if seen ** 2 != WORLD * squares:                      # only of equal numbers
+        raise RunError(f"{out}: not the same on all machines: they must share this folder")
+    if state and state["epoch"] >= args.epochs and (out / "curves.png").exists():
         say(f"{out}: this run is finished ({state['epoch']} epochs); raise --epochs to go on, "
             f"or use another --out")
         return 0
@@ -759,7 +771,6 @@ def train(args, device, stop):
         ended_by = ended_by or stop.summed(counts)[1]     # or while scoring
         if ended_by and epoch < args.epochs:
             return ended_by
-    stop.finish_step = False
     finish(trainer, images["train" if labels is None else "val"], labels, log)
     return 0
 

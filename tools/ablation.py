@@ -137,6 +137,10 @@ def main():
                    help="folder of the runs (default: runs/ablation)")
     p.add_argument("options", nargs="*", metavar="-- OPTIONS", help="more options of train.py")
     args = p.parse_args()
+    fixed = {"--data", "--backbone", "--seed", "--out", "--preset", "--dry-run"} & set(args.options)
+    if fixed:
+        p.error(f"{', '.join(sorted(fixed))}: not behind --; what runs is given by the options before it")
+    args.seeds = list(dict.fromkeys(args.seeds))
     # Ctrl-C goes to train.py too, which finishes its step, saves, and says so by its exit code
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     common = ["--data", args.data, *(["--backbone", args.backbone] if args.backbone else []), *args.options]

@@ -28,6 +28,8 @@ import resource
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -319,8 +321,12 @@ def main():
     print("| what | ours, s | textbook, s | textbook / ours | MB, ours / textbook | largest difference |")
     print("|---|---|---|---|---|---|", flush=True)
     for case in chosen:                                   # fork: this process itself never computes
-        with multiprocessing.get_context("fork").Pool(1) as child:
-            print("\n".join(child.apply(measure, (case, 3 if args.quick else 6))), flush=True)
+        with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as child:
+            lines = child.submit(measure, case, 3 if args.quick else 6)
+            if isinstance(lines.exception(), BrokenProcessPool):
+                sys.exit(f"bench.py: {case}: its process was killed; PAR 81 needs 5.2 GB, free memory or use "
+                         f"--only")
+            print("\n".join(lines.result()), flush=True)
     print(f"\n{time.time() - begin:.0f} s in all; * computed from the measured slope", file=sys.stderr)
 
 

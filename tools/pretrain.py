@@ -118,6 +118,10 @@ def main():
     p.add_argument("--seed", type=int, default=0, help="of everything (default: 0)")
     p.add_argument("--out", default="assets/tiny.pt", help="file to write (default: assets/tiny.pt)")
     args = p.parse_args()
+    if min(args.images, args.steps, args.batch) < 1 or not 0 < args.lr < 1 or args.seed < 0:
+        p.error("--images, --steps, --batch: at least 1; --lr: between 0 and 1; --seed: at least 0")
+    if Path(args.out).is_dir():
+        p.error(f"--out {args.out}: is a folder, give a file")
     torch.manual_seed(args.seed)
     g = torch.Generator().manual_seed(args.seed)
     try:
@@ -172,7 +176,8 @@ def main():
                   f"attended {share:.2f}  {time.time() - start:.0f} s", flush=True)
             if share < ATTENDED:
                 break
-    torch.save({k: v.half() for k, v in teacher[0].state_dict().items()}, args.out)
+    torch.save({k: v.half() for k, v in teacher[0].state_dict().items()}, f"{args.out}.part")
+    Path(f"{args.out}.part").replace(args.out)
     print(f"wrote {args.out}: {Path(args.out).stat().st_size / 1e6:.1f} MB, {time.time() - start:.0f} s")
 
 
