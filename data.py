@@ -109,7 +109,7 @@ def palette(n=256):
 
 
 @contextlib.contextmanager
-def _opened(path, what="image"):
+def opened(path, what="image"):
     """The file as a Pillow image; whatever goes wrong with it is a DataError naming the file."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):       # a pipe would never end
@@ -132,7 +132,7 @@ def open_image(path, upright=False):
     upright   turn it as its EXIF says (photographs of one's own); off for data sets whose masks are not
               turned
     """
-    with _opened(path) as image:
+    with opened(path) as image:
         if upright:
             image = ImageOps.exif_transpose(image)
         if image.mode == "F" or image.mode == "I" and np.asarray(image).max() > 65535:
@@ -149,7 +149,7 @@ def open_label(path, table=None, n_classes=256):
 
     table      (256,) uint8 applied to the raw values; n_classes: values from here on (but 255) are an error
     """
-    with _opened(path, "label") as image:
+    with opened(path, "label") as image:
         if image.mode not in ("P", "L"):
             raise DataError(f"{path}: this label is {image.mode}; "
                             "make it an 8-bit palette or grey PNG of class indices")
@@ -209,7 +209,7 @@ class Dataset:
         if not self.labels:
             return None
         label = open_label(self.labels[i], self.table, len(self.names))
-        with _opened(self.images[i]) as image:
+        with opened(self.images[i]) as image:
             if image.size != label.shape[::-1]:
                 raise DataError(f"{self.labels[i]}: this label is {label.shape[1]} x {label.shape[0]}, "
                                 f"its image {image.width} x {image.height}; "

@@ -297,9 +297,9 @@ def report(result, names):
 def written_here(file):
     """Whether a file is a picture that `write` wrote."""
     try:
-        with Image.open(file) as picture:
+        with data.opened(file) as picture:
             return picture.info.get("Software") == SOFTWARE
-    except OSError:
+    except data.DataError:
         return False
 
 

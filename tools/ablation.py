@@ -59,12 +59,14 @@ def run(folder, options):
     """Run, or go on with, one training: its evaluations, one dict an epoch; None if it failed."""
     command = [sys.executable, str(HERE / "train.py"), *options, "--out", str(folder)]
     print(f"\n{' '.join(command)}", file=sys.stderr, flush=True)
-    ended = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
-    if ended.returncode:
-        reason = (ended.stderr.strip() or f"ended with code {ended.returncode}").splitlines()[-1]
+    child = subprocess.Popen(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGTERM, lambda number, frame: child.send_signal(number))    # it saves, both end
+    errors, code = child.communicate()[1], child.returncode
+    if code:
+        reason = (errors.strip() or f"ended with code {code}").splitlines()[-1]
         print(f"ablation.py: {folder}: {reason}", file=sys.stderr)
-        if ended.returncode != 1:                         # wrong options or data, a signal: not only here
-            sys.exit(ended.returncode if ended.returncode > 0 else 128 - ended.returncode)
+        if code != 1:                                     # wrong options or data, a signal: not only here
+            sys.exit(code if code > 0 else 128 - code)
         return None
     lines = (folder / "log.jsonl").read_text().splitlines()
     return [record for record in map(json.loads, lines) if "miou" in record]
