@@ -129,7 +129,7 @@ def window_features(vit, image, size, scales=THING_SCALES, stuff=False):
     x, A, _ = last_attention(vit, image)
     boxes = windows(*grid, scales)
     fore, back = select_windows(foreground(A, grid)[0], boxes, patch)
-    features, batch = [], max(1, PATCHES_AT_ONCE.get(image.device.type, 2_400) // (size // patch) ** 2)
+    features, batch = [], max(1, PATCHES_AT_ONCE["cuda" if image.is_cuda else "cpu"] // (size // patch) ** 2)
     for chosen in (fore, back & stuff):
         parts = [x[:0]]                                                           # (0, D)
         for start in range(0, chosen.sum(), batch):

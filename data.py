@@ -278,9 +278,11 @@ class COCO(Dataset):
         self.all = sorted(p.stem for p in images.glob("*.jpg"))
         if not self.all:
             raise DataError(f"{images}: no .jpg images; {how}")
-        stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(labels.glob("*.png"))]
-        key = hashlib.sha256(repr([str(labels.resolve()), self.all, stats]).encode()).hexdigest()[:16]
-        listed = Path(cache) / f"coco-{split}-{key}.txt" if cache else None
+        listed = None
+        if cache:
+            stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(labels.glob("*.png"))]
+            key = hashlib.sha256(repr([str(labels.resolve()), self.all, stats]).encode()).hexdigest()[:16]
+            listed = Path(cache) / f"coco-{split}-{key}.txt"
         if listed and listed.is_file():
             self.ids = listed.read_text().splitlines()
         else:
@@ -649,12 +651,10 @@ def unpack(file, folder):
                 archive.extractall(folder)
     except DataError:
         raise
-    except OSError as error:
-        if error.errno is None:                           # tarfile's own
-            raise DataError(f"{file}: cannot unpack ({_reason(error)}); remove it and get it again") from None
-        raise DataError(f"{file}: cannot unpack into {folder} ({_reason(error)}); mend that, "
-                        "the same command goes on") from None
     except Exception as error:                            # zlib, lzma, zipfile, tarfile each have their own
+        if getattr(error, "errno", None):                 # of the disk, not of the archive
+            raise DataError(f"{file}: cannot unpack into {folder} ({_reason(error)}); mend that, "
+                            "the same command goes on") from None
         raise DataError(f"{file}: cannot unpack ({_reason(error)}); remove it and get it again") from None
 
 

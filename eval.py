@@ -311,8 +311,7 @@ def spare(file):
 
 
 def write(picture, file):
-    """Save a PNG with the mark that `written_here` looks for. Raises DataError instead of losing a file."""
-    spare(file)
+    """Save a PNG with the mark that `written_here` looks for; `spare` was called before."""
     file.parent.mkdir(parents=True, exist_ok=True)
     info = PngInfo()
     info.add_text("Software", SOFTWARE)
@@ -467,6 +466,8 @@ def main():
     args = parse()
     try:
         checkpoint = load_checkpoint(args.checkpoint)
+        if args.compare or args.explain:
+            spare(Path(args.picture))
         network = restore(checkpoint)
         if args.compare:
             compare(network, checkpoint, args)

@@ -102,7 +102,7 @@ class PAR(nn.Module):
         masks = F.interpolate(masks.float(), size=(H, W), mode="bilinear", align_corners=True)
         masks = masks.flatten(2).transpose(1, 2).contiguous()                     # (B, HW, C)
         index = neighbour_index(H, W, self.dilations).to(image.device)            # (HW, N)
-        n = IMAGES_AT_ONCE.get(image.device.type, 1)
+        n = IMAGES_AT_ONCE["cuda" if image.is_cuda else "cpu"]
         for image, mask in zip(image.split(n), masks.split(n)):
             k = affinity(image, self.dilations, self.omega3, self.bandwidth)      # once: (n, N, H, W)
             weights = k.flatten(2).transpose(1, 2).flatten(0, 1).contiguous()     # (n HW, N)

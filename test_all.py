@@ -1911,7 +1911,7 @@ def test_eval_prints_the_scores_of_the_log_and_draws_its_pictures(uninterrupted,
     (["--explain", "a.png", "--predict", "b"], "by itself"),
     (["--explain", "none.png"], "none.png: cannot read"),
     (["--predict", "README.md", "--out", "OUT"], "1 of 1 images have no mask"),
-    (["--predict", "assets", "--out", "/proc/nowhere"], "choose another --out")])
+    (["--predict", "assets", "--out", "/proc/nowhere"], "nowhere: No such file or directory; mend that")])
 def test_what_a_user_asks_wrong_of_eval_is_one_line_and_exit_code_2(uninterrupted, tmp_path, args, message):
     args = [tmp_path / "out" if a == "OUT" else a for a in args]
     (code, text), = program("eval.py", uninterrupted[0] / "run" / "best.pt", *args)
@@ -2196,7 +2196,7 @@ def test_golden_cross_entropy_and_uncertainty(file):
     things, logits = "things_" in file.stem, torch.from_numpy(z["masks"]).requires_grad_()
     teacher = torch.from_numpy(z["teacher_logits"]) if c["teacher"] else None
     label, foreground = losses.pseudo_label(torch.from_numpy(z["pseudo_label"]), teacher, lambda p: p, 0.5,
-                                               things)
+                                            things)
     if "constant" in file.stem:
         assert (label == 0).all() and losses.uncertainty_loss(logits[:, 1:], foreground) == 0
         return
@@ -2281,8 +2281,8 @@ def test_golden_training_step(file):
                         for who in ("student", "teacher"))
     tokens = vit(stream(c["input"]))[0][:, 1:].detach()
     label, foreground = losses.pseudo_label(torch.from_numpy(z["pseudo_label"]),
-                                               teacher(tokens)[0].detach().unflatten(2, (10, 10)),
-                                               lambda p: p, 0.5)
+                                            teacher(tokens)[0].detach().unflatten(2, (10, 10)),
+                                            lambda p: p, 0.5)
     logits, class_embeddings = student(tokens)
     logits, permutation = logits.unflatten(2, (10, 10)), torch.from_numpy(z["perm"]).argsort()
     thing = torch.arange(c["n_cls"]) > 0

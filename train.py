@@ -242,7 +242,7 @@ def say(*words):
 
 
 class Stop:
-    """SIGTERM and SIGINT: outside the training loop leave at once, inside it finish the step first."""
+    """SIGTERM and SIGINT: before the training loop leave at once, from then on finish what is begun."""
     signal, finish_step = 0, False
 
     def __call__(self, number, frame):

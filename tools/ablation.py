@@ -139,7 +139,8 @@ def main():
                    help="folder of the runs (default: runs/ablation)")
     p.add_argument("options", nargs="*", metavar="-- OPTIONS", help="more options of train.py")
     args = p.parse_args()
-    fixed = {"--data", "--backbone", "--seed", "--out", "--preset", "--dry-run"} & set(args.options)
+    fixed = {"--data", "--backbone", "--seed", "--out", "--preset", "--dry-run"}
+    fixed &= {option.split("=")[0] for option in args.options}
     if fixed:
         p.error(f"{', '.join(sorted(fixed))}: not behind --; what runs is given by the options before it")
     args.seeds = list(dict.fromkeys(args.seeds))
