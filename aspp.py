@@ -2,7 +2,11 @@
 
 (B, D, h, w) patch features -> (B, D, h, w), the same size at every rate. In DMSA it stands behind the last
 self-attention: x + msa + aspp(msa). The dilation rates change with the epoch, the weights stay.
-Needs torch only (the picture of `python aspp.py` needs pillow): copy this file anywhere.
+
+    constants -> dilation_rates() -> output_size() -> class Branch -> class ASPP -> main()
+
+Needs torch only (the picture of `python aspp.py` needs pillow): copy this file anywhere. "Decision N" is row
+N of docs/decisions.md in the DMSA repository, which says what was chosen where the paper is silent.
 
     python aspp.py        # writes aspp.png: what the four rows of Table 1 see on a 20 x 20 grid
 """
@@ -11,7 +15,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# Table 1, by epoch mod 10. The first rate is the 1x1 branch: 1 in every row (decision 3).
+# Table 1, by epoch mod 10. The first number of a row is the 1x1 branch's: one tap, which no rate can move, so
+# that it is 1 in every row; the other three are the dilation rates of the 3x3 branches (decision 3).
 TABLE_1 = {
     1: (1, 1, 2, 3), 3: (1, 1, 2, 3), 5: (1, 1, 2, 3), 7: (1, 1, 2, 3),
     2: (1, 1, 3, 5), 4: (1, 1, 3, 5), 6: (1, 1, 3, 5),
@@ -48,6 +53,17 @@ def output_size(m, kernel=3, rate=1, padding=0, stride=1):
 # The module: five branches, concatenated and projected, as in DeepLabV3+
 
 
+class AtrousDepthwise(nn.Conv2d):
+    """3x3 convolution within each channel whose dilation rate is an argument of the forward pass."""
+
+    def __init__(self, dim):
+        super().__init__(dim, dim, 3, groups=dim, bias=False)
+
+    def forward(self, x, rate):
+        """x (B, D, h, w) -> (B, D, h, w): with padding = rate the size stays (Eq. 1)."""
+        return F.conv2d(x, self.weight, padding=rate, dilation=rate, groups=self.groups)
+
+
 class Branch(nn.Module):
     """Convolution without bias -> GroupNorm -> ReLU: 1x1 or, `separable`, 3x3 within each channel, then 1x1.
 
@@ -57,14 +73,14 @@ class Branch(nn.Module):
 
     def __init__(self, dim, width, separable=False):
         super().__init__()
-        self.depthwise = nn.Conv2d(dim, dim, 3, groups=dim, bias=False) if separable else None
+        self.depthwise = AtrousDepthwise(dim) if separable else None
         self.pointwise = nn.Conv2d(dim, width, 1, bias=False)
         self.norm = nn.GroupNorm(width // 8, width)
 
     def forward(self, x, rate=1):
-        """x (B, D, h, w) -> (B, width, h, w); `rate` is the dilation of the 3x3 kernel."""
-        if self.depthwise is not None:                    # padding = rate keeps the size: Eq. 1
-            x = F.conv2d(x, self.depthwise.weight, padding=rate, dilation=rate, groups=x.shape[1])
+        """x (B, D, h, w) -> (B, width, h, w); `rate` is the dilation of the 3x3 kernel, in patches."""
+        if self.depthwise is not None:
+            x = self.depthwise(x, rate)
         return F.relu(self.norm(self.pointwise(x)))
 
 
@@ -97,18 +113,18 @@ class ASPP(nn.Module):
         """The five branches before the projection: (B, D, h, w) -> (B, 5 * width, h, w)."""
         pooled = self.pool(x.mean((2, 3), keepdim=True))                  # (B, width, 1, 1)
         return torch.cat([
-            self.point(x),                                                # (B, width, h, w), rate 1
-            *(branch(x, rate) for branch, rate in zip(self.atrous, rates[1:])),
+            self.point(x),                                                # (B, width, h, w)
+            *(branch(x, rate) for branch, rate in zip(self.atrous, rates[1:])),   # (B, width, h, w) each
             pooled.expand(-1, -1, *x.shape[2:]),                          # the same value at every patch
         ], dim=1)
 
     def forward(self, x, rates):
-        """x (B, D, h, w), rates (1, r1, r2, r3) of `dilation_rates` -> (B, D, h, w).
+        """x (B, D, h, w), rates (1, r1, r2, r3) of `dilation_rates`, in patches -> (B, D, h, w).
 
-        Raises ValueError if there are not four rates or the first is not 1.
+        Raises ValueError if `rates` is no row of Table 1's form: four numbers of which the first is 1.
         """
         if len(rates) != 4 or rates[0] != 1:
-            raise ValueError(f"four rates starting with 1 (Table 1) expected, got {tuple(rates)}")
+            raise ValueError(f"rates {tuple(rates)}: four numbers that begin with 1 expected, as in Table 1")
         return self.project(self.branches(x, rates))
 
 

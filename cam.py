@@ -3,13 +3,18 @@
     image --attention of CLS--> foreground --windows--> CLS features --k-means over all images--> K centroids
     image, K centroids --gradient of cos(CLS, centroid) in the last attention--> K maps (B, K, h, w)
 
-"The method borrowed from TransFGU" (DMSA Sec. 4.1). Nothing here is trained and no label is used.
+    last_attention(), cls_feature() -> windows(), window_features() -> cluster() -> class_activation_maps() (Eq. 5)
+
+"The method borrowed from TransFGU" (DMSA Sec. 4.1). Nothing here is trained and no label is used. "Decision N"
+is row N of docs/decisions.md in the DMSA repository, which says what was chosen where the paper is silent.
 Needs torch, numpy and scipy; the ViT is an argument: any with DINO's names (prepare_tokens, patch_embed.proj,
 blocks, norm; in a block norm1, attn.qkv, attn.proj, attn.num_heads, norm2, mlp), its order of q, k, v, one
 token besides the patches, and no LayerScale. Copy this file anywhere (the picture needs pillow).
 
     python cam.py         # writes cam.png: windows and class maps, by a ViT small enough to write by hand
 """
+
+import math
 
 import numpy as np
 import torch
@@ -62,31 +67,34 @@ def patch_grid(vit, image):
 # Windows on the foreground, and their features
 
 
-def windows(h, w, scales=THING_SCALES):
-    """Sliding windows on an h x w grid: (M, 4) int64 of x0 y0 x1 y1, patches, both ends inclusive.
+def window_centres(n, s):
+    """Centres of windows of side s along n patches: every s / 2 patches, and one window at the far border."""
+    inside = [c for c in range(n) if s / 2 <= c < n - s / 2]
+    return [c for c in inside if c % (s / 2) == 0 or c == n - 1 - s / 2]
 
-    With s = int(min(h, w) * scale), an even s gives windows of s + 1 patches, half a side apart, and one more
-    that touches the far border; an odd s windows of s, a side apart, without that one (TransFGU's integer
-    centres). Scale by scale, rows first. On 20 x 20, 40 x 40 and 80 x 80: 70 windows for VOC's scales, 142
-    for COCO's. Raises ValueError if none fits.
+
+def windows(h, w, scales=THING_SCALES):
+    """Sliding windows on an h x w grid: (M, 4) int64 of x0 y0 x1 y1, patches, both ends inclusive (TransFGU).
+
+    scales   sides of the windows as shares of the grid's shorter side. Scale by scale, rows first
+    raises   ValueError if no window fits
+
+    A centre is a patch, s = int(min(h, w) * scale). So an even s gives windows of s + 1 patches, half a side
+    apart; for an odd s every other half side is no patch, and the windows have s patches and lie a side apart.
+    On 20 x 20, 40 x 40 and 80 x 80 there are 70 windows for VOC's scales, 142 for COCO's.
     """
     boxes = []
-    for scale in scales:
-        s = int(min(h, w) * scale)
-
-        def centres(n):
-            return [c for c in range(n) if c - s / 2 >= 0 and c + s / 2 < n
-                    and (c % (s / 2) == 0 or c + s / 2 == n - 1)] if s else []
-
-        boxes += [(int(np.ceil(x - s / 2)), int(np.ceil(y - s / 2)), int(x + s / 2), int(y + s / 2))
-                  for y in centres(h) for x in centres(w)]
+    for s in (int(min(h, w) * scale) for scale in scales):
+        if s:
+            boxes += [(math.ceil(x - s / 2), math.ceil(y - s / 2), int(x + s / 2), int(y + s / 2))
+                      for y in window_centres(h, s) for x in window_centres(w, s)]
     if not boxes:
         raise ValueError(f"no window of scales {tuple(scales)} fits a grid of {h} x {w} patches")
     return np.array(boxes)
 
 
-def foreground(A, grid):
-    """Patches that the CLS token attends to more than average: A (B, heads, 1 + hw) -> bool (B, h, w)."""
+def attended_patches(A, grid):
+    """Foreground: patches that CLS attends to more than average. A (B, heads, 1 + hw) -> bool (B, h, w)."""
     attention = A[:, :, 1:].mean(1)                                               # (B, hw)
     return (attention > attention.mean(1, keepdim=True)).unflatten(1, grid)
 
@@ -128,7 +136,7 @@ def window_features(vit, image, size, scales=THING_SCALES, stuff=False):
     grid, patch = patch_grid(vit, image), vit.patch_embed.proj.kernel_size[0]
     x, A, _ = last_attention(vit, image)
     boxes = windows(*grid, scales)
-    fore, back = select_windows(foreground(A, grid)[0], boxes, patch)
+    fore, back = select_windows(attended_patches(A, grid)[0], boxes, patch)
     features, batch = [], max(1, PATCHES_AT_ONCE["cuda" if image.is_cuda else "cpu"] // (size // patch) ** 2)
     for chosen in (fore, back & stuff):
         parts = [x[:0]]                                                           # (0, D)
@@ -259,7 +267,7 @@ def main():
     picture, cell = pictures[0], 240
     _, A, _ = last_attention(vit, picture)
     boxes = windows(20, 20)
-    chosen, _ = select_windows(foreground(A, (20, 20))[0], boxes, 8)
+    chosen, _ = select_windows(attended_patches(A, (20, 20))[0], boxes, 8)
     attention = A[0, 0, 1:].view(20, 20)
     tiles = [("image and kept windows", picture[0]),
              ("attention of CLS", (attention / attention.max()).expand(3, -1, -1))]

@@ -2,40 +2,38 @@
 
     python eval.py runs/voc/best.pt --data voc                     # per-class IoU, mIoU, accuracy, assignment
     python eval.py runs/voc/best.pt --native --par                 # at the images' own size, refined by PAR
-    python eval.py runs/voc/best.pt --predict photos --out masks   # palette PNG and overlay of each image
+    python eval.py runs/voc/best.pt --predict photos --out masks   # NAME_mask.png and NAME_overlay.png of each
     python eval.py runs/voc/best.pt --explain photo.jpg            # every stage of Fig. 2 for one photograph
     python eval.py A.pt --compare B.pt C.pt --predict photos       # checkpoints side by side (Figs. 3 and 4)
 
-Clusters have no names: an assignment of clusters to classes, one to one, is found on the labelled split so
-that most pixels are right (Hungarian matching), and only then is anything scored (TransFGU's protocol,
-decision 20).
+    confusion_matrix() -> hungarian() -> scores() -> checkpoint, network, masks -> pictures -> the program
+
+Clusters have no names. An assignment of clusters to classes, one to one, is found on the labelled split so
+that most pixels are right (Hungarian matching), and only then is anything scored. This is TransFGU's protocol;
+"decision N" is row N of docs/decisions.md, and this is decision 20.
 """
 
 import argparse
 import json
 import sys
-from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
-from PIL.PngImagePlugin import PngInfo
 from scipy.optimize import linear_sum_assignment
 
 import cam
 import data
 import losses
-from model import BACKBONES, DMSA, VisionTransformer, WeightsError, normalise, read_tensors
+from data import UserError
+from model import BACKBONES, DMSA, VisionTransformer, normalise, read_tensors
 from par import PAR
 
 GROUP = 16                                                # images of one forward pass
-SOFTWARE = "DMSA in plain PyTorch, eval.py"               # marks its pictures: it replaces no others
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message is one line for people."""
+MOST = 1024                                               # pixels a side of what is computed for one photograph
 
 
 # ----------------------------------------------------------------------------
@@ -69,23 +67,23 @@ def scores(confusion):
 
     returns  {"miou", "accuracy", "iou": (n,), "assignment": (n,), "clusters": in use, "entropy": of the
              predicted shares, 0 when everything is one cluster, 1 when all are equally frequent}
+    raises   UserError if no pixel has a label
 
     IoU = TP / (TP + FP + FN). The mean leaves out classes that are neither in truth nor in the prediction
     (NaN here); a class that is only predicted counts 0 (TransFGU; others average over the classes in truth).
     """
     confusion = np.asarray(confusion)
+    if not confusion.any():
+        raise UserError("no labelled pixel: the labels hold nothing but void (255); check the folder of labels")
     assignment = hungarian(confusion)
-    # IoU needs truth and prediction on the same axis of classes
-    matched = np.zeros_like(confusion)
-    matched[:, assignment] = confusion                                            # columns now are classes
+    matched = np.zeros_like(confusion)                    # IoU needs truth and prediction on one axis of classes
+    matched[:, assignment] = confusion                    # columns now are classes
     right, union = np.diag(matched), matched.sum(0) + matched.sum(1) - np.diag(matched)
     iou = 100 * np.divide(right, union, out=np.full(len(union), np.nan), where=union > 0)
-    share = confusion.sum(0) / max(confusion.sum(), 1)    # (n,) of each cluster in the prediction
+    share = confusion.sum(0) / confusion.sum()            # (n,) of each cluster in the prediction
     entropy = -(share[share > 0] * np.log(share[share > 0])).sum() / np.log(len(share))
-    return {"miou": float(np.nanmean(iou)) if (union > 0).any() else 0.0,
-            "accuracy": float(100 * right.sum() / max(confusion.sum(), 1)),
-            "iou": iou, "assignment": assignment,
-            "clusters": int((share > 0).sum()), "entropy": float(abs(entropy))}
+    return {"miou": float(np.nanmean(iou)), "accuracy": float(100 * right.sum() / confusion.sum()), "iou": iou,
+            "assignment": assignment, "clusters": int((share > 0).sum()), "entropy": float(abs(entropy))}
 
 
 # ----------------------------------------------------------------------------
@@ -93,11 +91,11 @@ def scores(confusion):
 
 
 def load_checkpoint(file):
-    """The dict that train.py saved: tensors and plain values. Raises WeightsError, CheckpointError."""
+    """The dict that train.py saved: tensors and plain values. Raises WeightsError, UserError."""
     checkpoint, _ = read_tensors(file)
     needed = {"student", "teacher", "vit", "args", "names"}
     if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
-        raise CheckpointError(f"{file}: not a checkpoint of train.py")
+        raise UserError(f"{file}: not a checkpoint of train.py; give last.pt or best.pt of a run")
     return checkpoint
 
 
@@ -113,16 +111,18 @@ def restore(checkpoint):
 
 
 @torch.no_grad()
-def segment(network, image, rates, size, par=None):
-    """Cluster of every pixel: uint8 (B, H, W, 3) -> uint8 (B, *size), by the student.
+def segment(network, image, rates, mask_size, par=None):
+    """Cluster of every pixel by the student: uint8 (B, H, W, 3) -> uint8 (B, *mask_size).
 
-    size   (rows, columns) that the logits are enlarged to before the arg max; par: refine there with this PAR
+    mask_size   (rows, columns) that the logits are enlarged to before the arg max
+    par         a PAR that refines the probabilities there
     """
     image = data.to_float(image, network.vit.cls_token.device)                    # (B, 3, H, W)
     logits = network(normalise(image), rates)                                     # (B, N, h, w)
     if par is not None:
-        return par(F.interpolate(image, size=size, mode="bilinear"), logits.softmax(1)).argmax(1).byte()
-    return F.interpolate(logits, size=size, mode="bilinear").argmax(1).byte()
+        image = F.interpolate(image, size=mask_size, mode="bilinear")
+        return par(image, logits.softmax(1)).argmax(1).byte()
+    return F.interpolate(logits, size=mask_size, mode="bilinear").argmax(1).byte()
 
 
 def groups(n, rank=0, world=1):
@@ -132,70 +132,83 @@ def groups(n, rank=0, world=1):
     return [range(start, min(start + GROUP, n)) for start in starts]
 
 
-def evaluate(network, images, labels, rates, rank=0, world=1):
-    """This process's part of the confusion matrix (N, N) of a split.
+def evaluate(network, labelled, rates, par=None):
+    """Confusion matrix (N, N) of all pairs in `labelled`: images (b, H, W, 3) and labels (b, H', W'), uint8.
 
-    images (n, S, S, 3), labels (n, S, S) uint8; this is process `rank` of `world`
+    Masks are made at the labels' size.
     """
-    n_classes = network.student.decoder.n_classes
-    total = torch.zeros(n_classes, n_classes, dtype=torch.int64)
-    for group in groups(len(labels), rank, world):
-        masks = segment(network, images[group.start:group.stop], rates, labels.shape[1:])  # (b, S, S)
-        total += confusion_matrix(labels[group.start:group.stop], masks.cpu(), n_classes)
+    N = network.student.decoder.n_classes
+    total = torch.zeros(N, N, dtype=torch.int64)
+    for images, labels in labelled:
+        masks = segment(network, images, rates, labels.shape[1:], par)            # (b, H', W')
+        total += confusion_matrix(labels, masks.cpu(), N)
     return total
 
 
-def whole_patches(image, patch, most=1024):
-    """Resize an image so that no pixel is beyond the last whole patch, to `most` pixels a side at most."""
+def whole_patches(image, patch):
+    """Resize an image to whole patches, so that the ViT drops no border, and to MOST pixels a side at most."""
     H, W = image.shape[:2]
-    shrink = min(1, most / max(H, W))
+    shrink = min(1, MOST / max(H, W))
     h, w = (max(patch, round(side * shrink / patch) * patch) for side in (H, W))
     return np.array(Image.fromarray(image).resize((w, h), Image.BILINEAR))
 
 
-def segment_image(network, image, rates, size, native=False, par=None):
-    """Clusters of one image of any size: uint8 (H, W, 3) -> uint8 (H, W).
+def segment_photograph(network, image, checkpoint, native=False, par=None):
+    """Classes of one image of any size: uint8 (H, W, 3) -> uint8 (H, W).
 
-    The network sees it squashed to size x size or, `native`, at its own size in whole patches. Masks are made
-    at up to 1024 pixels a side and enlarged from there (nearest).
+    The network sees it squashed to the size that it was trained with or, `native`, at its own size in whole
+    patches. Masks are made at up to MOST pixels a side and enlarged from there (nearest).
     """
     H, W = image.shape[:2]
-    shrink = min(1, 1024 / max(H, W))
-    seen = whole_patches(image, network.vit.patch_size) if native else data.squash(image, size)
-    mask = segment(network, seen[None], rates, (max(1, round(H * shrink)), max(1, round(W * shrink))), par)[0]
-    return np.array(Image.fromarray(mask.cpu().numpy()).resize((W, H), Image.NEAREST))
+    shrink = min(1, MOST / max(H, W))
+    mask_size = max(1, round(H * shrink)), max(1, round(W * shrink))
+    seen = whole_patches(image, network.vit.patch_size) if native else data.squash(image, checkpoint["args"]["size"])
+    clusters = segment(network, seen[None], checkpoint["rates"], mask_size, par)[0].cpu().numpy()
+    mask = np.array(checkpoint["assignment"], np.uint8)[clusters]
+    return np.array(Image.fromarray(mask).resize((W, H), Image.NEAREST))
 
 
 # ----------------------------------------------------------------------------
 # Pictures
 
 
-def stages(network, checkpoint, image, par):
-    """Every stage of Fig. 2 for squashed images uint8 (B, S, S, 3), in clusters.
+class Stages(NamedTuple):
+    """Every stage of Fig. 2 for B images, on the CPU; labels in clusters."""
+    attention: torch.Tensor      # (B, h, w) in 0..1
+    maps: torch.Tensor           # (B, K, h, w), Eq. 5
+    coarse: np.ndarray           # (B, S, S), CAM alone
+    teacher: np.ndarray          # (B, S, S)
+    pseudo: np.ndarray           # (B, S, S), fused, refined
+    student: np.ndarray          # (B, S, S)
 
-    returns  attention (B, h, w) in 0..1, CAM maps (B, K, h, w), CAM label, teacher label, pseudo label and
-             student's prediction (B, S, S)
-    """
-    args, size, background = checkpoint["args"], image.shape[1:3], checkpoint["background"]
-    device = network.vit.cls_token.device
+
+@torch.no_grad()
+def stages(network, checkpoint, image):
+    """The Stages of squashed images uint8 (B, S, S, 3), whole, where training sees crops."""
+    args, background = checkpoint["args"], checkpoint["background"]
+    device, rates = network.vit.cls_token.device, checkpoint["rates"]
     pixels = data.to_float(image, device)                                         # (B, 3, S, S)
     normalised = normalise(pixels)
-    upsample = lambda p: F.interpolate(p, size=size, mode="bilinear")
-    refine = upsample if par is None else lambda p: par(pixels, p)
-    # the whole image at once, where training sees crops: the labels are those of an uncropped sample
-    with torch.no_grad():
-        _, A, _ = cam.last_attention(network.vit, normalised)
-        attention = A[:, :, 1:].mean(1).unflatten(1, cam.patch_grid(network.vit, normalised))  # (B, h, w)
-        maps = cam.class_activation_maps(network.vit, normalised, checkpoint["centroids"].to(device))
-        features, rates = network.features(normalised), checkpoint["rates"]
-        teacher = network.decode(network.teacher, features, rates)[0]             # (B, N, h, w)
-        student = network.decode(network.student, features, rates)[0]             # (B, N, h, w)
-        coarse, _ = losses.pseudo_label(maps, None, upsample, 0, background, args["background"])
-        pseudo, _ = losses.pseudo_label(maps, teacher if checkpoint["teacher_on"] else None, refine,
-                                        args["teacher_weight"], background, args["background"])
-    attention = attention / attention.amax((1, 2), keepdim=True)
-    masks = (coarse, upsample(teacher).argmax(1), pseudo, upsample(student).argmax(1))
-    return attention.cpu(), maps.cpu(), *(m.cpu().numpy() for m in masks)
+    enlarge = lambda masks: F.interpolate(masks, size=pixels.shape[2:], mode="bilinear")
+    par = run_par(checkpoint)
+    refine = (lambda masks: par(pixels, masks)) if par else enlarge
+    _, A, _ = cam.last_attention(network.vit, normalised)
+    attention = A[:, :, 1:].mean(1).unflatten(1, network.vit.grid(normalised))    # (B, h, w)
+    maps = cam.class_activation_maps(network.vit, normalised, checkpoint["centroids"].to(device))
+    features, scaled = network.features(normalised), losses.min_max(maps)         # (B, K, h, w)
+    teacher, _ = network.decode(network.teacher, features, rates)                 # (B, N, h, w)
+    student, _ = network.decode(network.student, features, rates)                 # (B, N, h, w)
+    label = lambda teacher, refine: losses.pseudo_label(
+        scaled, teacher, refine, args["teacher_weight"], background, args["background"])[0]
+    masks = (label(None, enlarge), enlarge(teacher).argmax(1),
+             label(teacher if checkpoint["teacher_on"] else None, refine), enlarge(student).argmax(1))
+    return Stages((attention / attention.amax((1, 2), keepdim=True)).cpu(), maps.cpu(),
+                  *(mask.cpu().numpy() for mask in masks))
+
+
+def run_par(checkpoint):
+    """The PAR that a run's pseudo labels were refined by, or None."""
+    return PAR(tuple(checkpoint["args"]["par"])) if checkpoint["args"]["par"] else None
 
 
 def grey(maps, size):
@@ -204,11 +217,11 @@ def grey(maps, size):
     return np.array(tile.resize((size, size), Image.NEAREST))
 
 
-def page(rows, titles, names, colours, cell=160):
+def page(rows, titles, names, cell=160):
     """A picture of rows of uint8 (S, S, 3) tiles under titles, with a legend of the classes."""
-    gap, head = 6, 24
-    lines = -(-len(names) // max(1, len(titles) * 2))     # of the legend, two classes a column
-    width, height = len(titles) * (cell + gap) + gap, head + len(rows) * (cell + gap) + 18 * lines + gap
+    gap, head, columns, colours = 6, 24, len(titles), data.palette()
+    lines = -(-len(names) // (2 * columns))               # of the legend, two classes a column
+    width, height = columns * (cell + gap) + gap, head + len(rows) * (cell + gap) + 18 * lines + gap
     sheet = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(sheet)
     for column, title in enumerate(titles):
@@ -217,25 +230,26 @@ def page(rows, titles, names, colours, cell=160):
         for column, tile in enumerate(row):
             tile = Image.fromarray(tile).resize((cell, cell), Image.NEAREST)
             sheet.paste(tile, (gap + column * (cell + gap), head + r * (cell + gap)))
-    step, per_line = (cell + gap) // 2, len(titles) * 2
     for i, name in enumerate(names):
-        x, y = gap + (i % per_line) * step, head + len(rows) * (cell + gap) + 18 * (i // per_line)
+        line, place = divmod(i, 2 * columns)
+        x, y = gap + place * (cell + gap) // 2, head + len(rows) * (cell + gap) + 18 * line
         pen.rectangle([x, y + 1, x + 12, y + 13], fill=tuple(colours[i].tolist()), outline="grey")
         pen.text((x + 16, y + 1), name[:11], "black")
     return sheet
 
 
-def panels(network, checkpoint, images, labels, file, par=None):
+def panels(network, checkpoint, images, labels, file):
     """Draw image, attention, CAM, pseudo label, prediction, truth: uint8 (B, S, S, 3), (B, S, S) or None."""
-    colours, assignment, size = data.palette(), np.array(checkpoint["assignment"]), images.shape[1]
-    attention, _, coarse, _, pseudo, student = stages(network, checkpoint, images, par)
+    colours, found = data.palette(), stages(network, checkpoint, images)
+    coloured = lambda clusters: colours[np.array(checkpoint["assignment"])[clusters]]
     rows = []
     for i in range(len(images)):
-        row = [images[i], grey(attention[i], size)]
-        row += [colours[assignment[mask[i]]] for mask in (coarse, pseudo, student)]
+        row = [images[i], grey(found.attention[i], images.shape[1])]
+        row += [coloured(mask[i]) for mask in (found.coarse, found.pseudo, found.student)]
         rows.append(row + ([colours[labels[i]]] if labels is not None else []))
-    titles = ["image", "attention", "CAM", "fused + PAR" if par else "fused", "prediction", "truth"]
-    page(rows, titles[:len(rows[0])], checkpoint["names"], colours).save(file)
+    refined = "fused + PAR" if checkpoint["args"]["par"] else "fused"
+    titles = ["image", "attention", "CAM", refined, "prediction", "truth"]
+    page(rows, titles[:len(rows[0])], checkpoint["names"]).save(file)
 
 
 def curves(log, file):
@@ -252,168 +266,39 @@ def curves(log, file):
     plots = [("losses (mean of an epoch)", {k: mean(k) for k in ("seg", "ce", "un", "cls", "all")}),
              ("percent, on val", {k: mean(k) for k in ("miou", "accuracy", "cam_miou")})]
     plots = [(title, lines) for title, lines in plots if any(lines.values())]     # a folder has no val
-    colours = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#222222")
     sheet = Image.new("RGB", (450 * len(plots), 340), "white")
-    pen = ImageDraw.Draw(sheet)
     for p, (title, lines) in enumerate(plots):
-        left, top, width, height = 50 + 450 * p, 40, 380, 250
-        values = [v for line in lines.values() for _, v in line]
-        grain = next(g for g in (0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if max(values) <= 6 * g or g == 100)
-        marks = np.arange(np.floor(min(0.0, *values) / grain), np.ceil(max(values) / grain) + 1) * grain
-        low, high, last = marks[0], marks[-1], max(epochs)
-        at = lambda e, v: (left + width * e / last, top + height * (1 - (v - low) / (high - low)))
-        pen.rectangle([left, top, left + width, top + height], outline="#bbbbbb")
-        pen.text((left, 8), title, "black")
-        for mark in marks:
-            pen.text((left - 42, at(0, mark)[1] - 6), f"{mark:g}", "#666666")
-            pen.line([at(0, mark), at(last, mark)], fill="#eeeeee")
-        pen.text((left, top + height + 6), "epoch", "#666666")
-        pen.text((left + width - 20, top + height + 6), str(last), "#666666")
-        for i, (name, line) in enumerate(lines.items()):
-            points = [at(*point) for point in line]
-            if len(points) > 1:
-                pen.line(points, fill=colours[i], width=2)
-            for x, y in points:
-                pen.ellipse([x - 2, y - 2, x + 2, y + 2], fill=colours[i])
-            pen.text((left + 70 * i, top + height + 22), name, colours[i])
+        plot(ImageDraw.Draw(sheet), 50 + 450 * p, title, lines)
     sheet.save(file)
+
+
+def plot(pen, left, title, lines, top=40, width=380, height=250):
+    """One plot of lines {name: [(epoch, value), ...]} with its axes, drawn by `pen`."""
+    colours = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#222222")
+    values = [value for line in lines.values() for _, value in line]
+    last = max(epoch for line in lines.values() for epoch, _ in line)
+    grain = next(g for g in (0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if max(values) <= 6 * g or g == 100)
+    marks = np.arange(np.floor(min(0.0, *values) / grain), np.ceil(max(values) / grain) + 1) * grain
+    low, high = marks[0], marks[-1]
+    at = lambda epoch, value: (left + width * epoch / last, top + height * (1 - (value - low) / (high - low)))
+    pen.rectangle([left, top, left + width, top + height], outline="#bbbbbb")
+    pen.text((left, 8), title, "black")
+    for mark in marks:
+        pen.text((left - 42, at(0, mark)[1] - 6), f"{mark:g}", "#666666")
+        pen.line([at(0, mark), at(last, mark)], fill="#eeeeee")
+    pen.text((left, top + height + 6), "epoch", "#666666")
+    pen.text((left + width - 20, top + height + 6), str(last), "#666666")
+    for i, (name, line) in enumerate(lines.items()):
+        points = [at(*point) for point in line]
+        if len(points) > 1:
+            pen.line(points, fill=colours[i], width=2)
+        for x, y in points:
+            pen.ellipse([x - 2, y - 2, x + 2, y + 2], fill=colours[i])
+        pen.text((left + 70 * i, top + height + 22), name, colours[i])
 
 
 # ----------------------------------------------------------------------------
 # The program
-
-
-def report(result, names):
-    """Print the table of classes and the scores."""
-    cluster_of = {int(c): k for k, c in enumerate(result["assignment"])}  # class -> cluster
-    print("class                 cluster     IoU")
-    for i, name in enumerate(names):
-        iou = "absent" if np.isnan(result["iou"][i]) else f"{result['iou'][i]:6.2f}"
-        print(f"{name:20}  {cluster_of[i]:7}  {iou}")
-    print(f"mIoU {result['miou']:.2f}  accuracy {result['accuracy']:.2f}  "
-          f"clusters in use {result['clusters']} of {len(names)}")
-
-
-def written_here(file):
-    """Whether a file is a picture that `write` wrote."""
-    try:
-        with data.opened(file) as picture:
-            return picture.info.get("Software") == SOFTWARE
-    except data.DataError:
-        return False
-
-
-def spare(file):
-    """Raise DataError if there is anything else than such a picture (a photograph) where one is to go."""
-    if file.exists() and not written_here(file):
-        raise data.DataError(f"{file}: exists, and eval.py did not write it; choose another --out or "
-                             f"--picture, or remove it")
-
-
-def write(picture, file):
-    """Save a PNG with the mark that `written_here` looks for; `spare` was called before."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    info = PngInfo()
-    info.add_text("Software", SOFTWARE)
-    picture.save(file, pnginfo=info)
-
-
-def photographs(path):
-    """The images at `path`, without the pictures that earlier calls wrote there."""
-    found = data.Folder(path)
-    kept = [i for i, file in enumerate(found.images) if not written_here(file)]
-    found.images, found.ids = [found.images[i] for i in kept], [found.ids[i] for i in kept]
-    if not kept:
-        raise data.DataError(f"{path}: only pictures that eval.py wrote; give a folder of photographs")
-    return found
-
-
-def predict(network, checkpoint, args):
-    """--predict: of each image a palette PNG of class indices at its own size, an overlay, and one legend."""
-    colours, assignment = data.palette(), np.array(checkpoint["assignment"])
-    found, out = photographs(args.predict), Path(args.out)
-    if args.limit:
-        found.limit(args.limit)
-    names = Counter(["legend", *found.ids, *(f"{i}_overlay" for i in found.ids)])
-    (name, times), = names.most_common(1)
-    if times > 1:
-        raise data.DataError(f"{args.predict}: {name}.png would be written twice (mask, and overlay "
-                             f"or legend); rename that image")
-    for name in names:                                    # before anything is written
-        spare(out / f"{name}.png")
-    write(page([], ["legend", *[""] * 5], checkpoint["names"], colours), out / "legend.png")
-    unreadable = 0
-    for i in range(len(found)):
-        try:
-            image = found.image(i)
-        except data.DataError as error:                   # the others are still worth having
-            print(f"eval.py: {error}", file=sys.stderr)
-            unreadable += 1
-            continue
-        clusters = segment_image(network, image, checkpoint["rates"], checkpoint["args"]["size"],
-                                 args.native, args.refine)
-        mask = assignment[clusters]                                               # (H, W) of classes
-        picture = Image.fromarray(mask.astype(np.uint8))
-        picture.putpalette(colours.flatten().tolist())    # the file holds class indices, viewers show colours
-        write(picture, out / f"{found.ids[i]}.png")
-        overlay = Image.blend(Image.fromarray(image), Image.fromarray(colours[mask]), 0.5)
-        write(overlay, out / f"{found.ids[i]}_overlay.png")
-    n = len(found) - unreadable
-    print(f"wrote {n} masks, {n} overlays and legend.png to {out}/")
-    if unreadable:
-        raise data.DataError(f"{args.predict}: {unreadable} of {len(found)} images have no mask, see above")
-
-
-def compare(network, checkpoint, args):
-    """--compare: the same images by several checkpoints side by side (Figs. 3 and 4)."""
-    colours, columns = data.palette(), [(network, checkpoint)]
-    for file in args.compare:
-        other = load_checkpoint(file)
-        if other["names"] != checkpoint["names"]:
-            raise CheckpointError(f"{file}: has other classes than {args.checkpoint}; compare checkpoints of "
-                                  f"one data set")
-        columns.append((restore(other), other))
-    if args.predict:
-        source, truth = photographs(args.predict), False
-    else:
-        source, truth = open_split(checkpoint, args), (args.data or checkpoint["args"]["data"]) != "folder"
-    rows = []                                             # each checkpoint at its own size, rates, assignment
-    for i in range(min(len(source), args.limit or 6)):
-        image = source.image(i)
-        row = [data.squash(image, 160)]
-        for net, c in columns:
-            mask = segment_image(net, image, c["rates"], c["args"]["size"], args.native, args.refine)
-            row.append(colours[np.array(c["assignment"])[data.squash(mask, 160, "nearest")]])
-        rows.append(row + ([colours[data.squash(source.label(i), 160, "nearest")]] if truth else []))
-    titles = ["image", *(str(Path(file).with_suffix(""))[-26:] for file in [args.checkpoint, *args.compare]),
-              "truth"]
-    write(page(rows, titles[:len(rows[0])], checkpoint["names"], colours), Path(args.picture))
-    print(f"wrote {args.picture}: {len(rows)} images, {len(columns)} checkpoints")
-
-
-def explain(network, checkpoint, args):
-    """--explain: every stage of Fig. 2 for one photograph; CAM maps of the five largest clusters."""
-    colours, assignment = data.palette(), np.array(checkpoint["assignment"])
-    image = data.squash(data.open_image(args.explain, upright=True), checkpoint["args"]["size"])
-    par = PAR(tuple(checkpoint["args"]["par"])) if checkpoint["args"]["par"] else None
-    attention, maps, *masks = stages(network, checkpoint, image[None], par)
-    # clusters count from 0, classes from the background
-    size, first = image.shape[0], int(checkpoint["background"])
-    found = np.bincount(masks[0].flatten(), minlength=first + maps.shape[1])[first:].argsort()[::-1][:5]
-    top = [image, grey(attention[0], size), *(grey(maps[0, k] / maps.max(), size) for k in found)]
-    blank = np.full_like(image, 255)
-    low = []
-    for title, mask in zip(("CAM label", "teacher", "fused, PAR" if par else "fused", "student"), masks):
-        if title == "teacher" and not checkpoint["teacher_on"]:
-            continue                                      # an untrained head, or not yet in use
-        tile = Image.fromarray(colours[assignment[mask[0]]]).resize((160, 160), Image.NEAREST)
-        ImageDraw.Draw(tile).text((4, 2), title, "white", stroke_width=1, stroke_fill="black")
-        low.append(np.array(tile))
-    titles = ["image", "attention"] + [f"CAM: {checkpoint['names'][assignment[k + first]]}" for k in found]
-    titles += [""] * (4 - len(titles))
-    rows = [row + [blank] * (len(titles) - len(row)) for row in (top, low)]
-    write(page(rows, titles, checkpoint["names"], colours), Path(args.picture))
-    print(f"wrote {args.picture}: every stage of Fig. 2 for {args.explain}")
 
 
 def open_split(checkpoint, args):
@@ -424,9 +309,127 @@ def open_split(checkpoint, args):
     if args.limit:
         source.limit(args.limit)
     if len(source.names) != len(checkpoint["names"]):
-        raise CheckpointError(f"{args.checkpoint}: has {len(checkpoint['names'])} classes, the data set "
-                              f"{len(source.names)}")
+        raise UserError(f"{args.checkpoint}: has {len(checkpoint['names'])} classes, the data set "
+                        f"{len(source.names)}; give the data set that it was trained on")
     return source
+
+
+def score(network, checkpoint, args):
+    """Print the table of classes and the scores on the validation split."""
+    source, size = open_split(checkpoint, args), checkpoint["args"]["size"]
+
+    def labelled():
+        for i in (i for group in groups(len(source)) for i in group) if args.native else ():
+            yield whole_patches(source.image(i), network.vit.patch_size)[None], source.label(i)[None]
+        for group in () if args.native else groups(len(source)):
+            yield (np.stack([data.squash(source.image(i), size) for i in group]),
+                   np.stack([data.squash(source.label(i), size, "nearest") for i in group]))
+
+    result = scores(evaluate(network, labelled(), checkpoint["rates"], args.refine))
+    cluster_of = {int(c): k for k, c in enumerate(result["assignment"])}  # class -> cluster
+    print("class                 cluster     IoU")
+    for i, name in enumerate(source.names):
+        iou = "absent" if np.isnan(result["iou"][i]) else f"{result['iou'][i]:6.2f}"
+        print(f"{name:20}  {cluster_of[i]:7}  {iou}")
+    print(f"mIoU {result['miou']:.2f}  accuracy {result['accuracy']:.2f}  "
+          f"clusters in use {result['clusters']} of {len(source.names)}")
+    trained = checkpoint["args"]["limit"]
+    print(f"epoch {checkpoint['epoch']}, rates {checkpoint['rates']}, {len(source)} images at "
+          f"{'their own size' if args.native else f'{size} x {size}'}"
+          + (f" (training scored the first {trained})" if trained else ""))
+
+
+def out_folder(args, *photographs):
+    """--out, made if it is not there; refused inside a folder of photographs, which would take masks for more."""
+    out = Path(args.out)
+    for path in map(Path, photographs):
+        folder = (path if path.is_dir() else path.parent).resolve()
+        inside = out.resolve().is_relative_to(folder) and (path.is_dir() or folder != Path.cwd())
+        if inside or out.resolve() == folder:
+            raise UserError(f"--out {out}: lies in the folder of the photographs, {folder}, where pictures would be "
+                            f"taken for photographs; give a folder outside it")
+    out.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def predict(network, checkpoint, args):
+    """--predict: of each image a palette PNG of class indices at its own size and an overlay; shares of classes."""
+    colours, names, found = data.palette(), checkpoint["names"], data.Folder(args.predict)
+    if args.limit:
+        found.limit(args.limit)
+    file_of = dict(zip(found.ids, found.images))
+    for i, file in zip(found.ids, found.images):
+        if file_of[i] != file:
+            raise UserError(f"{file}: has the same name as {file_of[i]}, and so would their masks; rename one")
+    out, shares = out_folder(args, *args.predict), {}
+    page([], ["legend", *[""] * 5], names).save(out / "legend.png")
+    for i, name in enumerate(found.ids):
+        try:
+            image = found.image(i)
+        except UserError as error:                        # the others are still worth having
+            data.report(error)
+            continue
+        mask = segment_photograph(network, image, checkpoint, args.native, args.refine)           # (H, W)
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        picture = Image.fromarray(mask)
+        picture.putpalette(colours.flatten().tolist())    # the file holds class indices, viewers show colours
+        picture.save(out / f"{name}_mask.png")
+        Image.blend(Image.fromarray(image), Image.fromarray(colours[mask]), 0.5).save(out / f"{name}_overlay.png")
+        counts = np.bincount(mask.flatten(), minlength=len(names)) / mask.size
+        shares[name] = {names[c]: round(float(counts[c]), 4) for c in np.flatnonzero(counts)}
+    (out / "predictions.json").write_text(json.dumps(shares, indent=1))
+    print(f"wrote {len(shares)} masks, {len(shares)} overlays, legend.png and predictions.json to {out}/")
+    if len(shares) < len(found):
+        raise UserError(f"{len(found) - len(shares)} of {len(found)} images have no mask, see above")
+
+
+def compare(network, checkpoint, args):
+    """--compare: the same images by several checkpoints side by side (Figs. 3 and 4)."""
+    colours, columns = data.palette(), [(network, checkpoint)]
+    for file in args.compare:
+        other = load_checkpoint(file)
+        if other["names"] != checkpoint["names"]:
+            raise UserError(f"{file}: has other classes than {args.checkpoint}; compare checkpoints of one data set")
+        columns.append((restore(other), other))
+    source = data.Folder(args.predict) if args.predict else open_split(checkpoint, args)
+    rows = []
+    for i in range(min(len(source), args.limit or 6)):
+        image = source.image(i)
+        masks = [segment_photograph(net, image, c, args.native, args.refine) for net, c in columns]
+        masks += [source.label(i)] if source.labels or isinstance(source, data.Shapes) else []
+        rows.append([data.squash(image, 160)] + [colours[data.squash(mask, 160, "nearest")] for mask in masks])
+    titles = ["image", *(str(Path(file).with_suffix(""))[-26:] for file in [args.checkpoint, *args.compare]),
+              "truth"]
+    file = out_folder(args, *args.predict or ()) / "compare.png"
+    page(rows, titles[:len(rows[0])], checkpoint["names"]).save(file)
+    print(f"wrote {file}: {len(rows)} images, {len(columns)} checkpoints")
+
+
+def explain(network, checkpoint, args):
+    """--explain: every stage of Fig. 2 for one photograph; CAM maps of the five largest clusters."""
+    colours, assignment, names = data.palette(), np.array(checkpoint["assignment"]), checkpoint["names"]
+    image = data.squash(data.open_image(args.explain, upright=True), checkpoint["args"]["size"])
+    found = stages(network, checkpoint, image[None])
+    # clusters count from 0, classes from the background
+    size, first = image.shape[0], int(checkpoint["background"])
+    K = found.maps.shape[1]
+    largest = np.bincount(found.coarse.flatten(), minlength=first + K)[first:].argsort()[::-1][:5]
+    top = [image, grey(found.attention[0], size)]
+    top += [grey(found.maps[0, k] / found.maps.max(), size) for k in largest]
+    masks = {"CAM label": found.coarse, "teacher": found.teacher,
+             "fused, PAR" if checkpoint["args"]["par"] else "fused": found.pseudo, "student": found.student}
+    if not checkpoint["teacher_on"]:
+        del masks["teacher"]                              # an untrained head, or not yet in use
+    low = []
+    for title, mask in masks.items():
+        tile = Image.fromarray(colours[assignment[mask[0]]]).resize((160, 160), Image.NEAREST)
+        ImageDraw.Draw(tile).text((4, 2), title, "white", stroke_width=1, stroke_fill="black")
+        low.append(np.array(tile))
+    titles = ["image", "attention"] + [f"CAM: {names[assignment[k + first]]}" for k in largest]
+    titles += [""] * (len(low) - len(titles))
+    file = out_folder(args, args.explain) / "explain.png"
+    page([top, low], titles, names).save(file)
+    print(f"wrote {file}: every stage of Fig. 2 for {args.explain}")
 
 
 def parse(argv=None):
@@ -440,35 +443,30 @@ def parse(argv=None):
         help="the first N images (default: all; 6 for --compare)")
     p.add_argument("--native", action="store_true",
         help="the images' own size instead of squares (labels too)")
-    p.add_argument("--par", action="store_true", help="refine the prediction with PAR, dilations 1, 2, 4, 8")
-    p.add_argument("--predict", metavar="PATH", help="segment this image or folder")
-    p.add_argument("--out", default="masks", metavar="DIR", help="folder for --predict (default: masks)")
-    p.add_argument("--explain", metavar="PHOTO", help="draw every stage of Fig. 2 for it")
+    p.add_argument("--par", action="store_true",
+        help="refine the prediction with PAR, by the run's own dilations, or 1 2 4 8 if it has none")
+    p.add_argument("--predict", nargs="+", metavar="PATH", help="segment these images and folders")
+    p.add_argument("--explain", metavar="PHOTO", help="draw every stage of Fig. 2 for it: explain.png")
     p.add_argument("--compare", nargs="+", metavar="CHECKPOINT",
-        help="other checkpoints to put beside this one")
-    p.add_argument("--picture", metavar="PNG",
-        help="file of --explain and --compare (default: explain.png, compare.png)")
+        help="other checkpoints to put beside this one: compare.png")
+    p.add_argument("--out", default="masks", metavar="DIR", help="folder for all that is written (default: masks)")
     args = p.parse_args(argv)
     if args.limit is not None and args.limit < 1:
         p.error(f"--limit {args.limit}: must be at least 1")
-    if "" in (args.predict, args.explain):
+    if "" in (args.predict or [args.explain]):
         p.error("--predict, --explain: an empty name")
     if args.explain and (args.predict or args.compare):
         p.error("--explain: takes one photograph; run --predict or --compare by itself")
-    args.picture = args.picture or ("explain.png" if args.explain else "compare.png")
-    if not args.picture.lower().endswith(".png"):
-        p.error(f"--picture {args.picture}: must end in .png")
-    args.refine = PAR((1, 2, 4, 8)) if args.par else None
     return args
 
 
 def main():
     args = parse()
+    sys.stdout.reconfigure(errors="backslashreplace")     # names of files may be in any encoding
     try:
         checkpoint = load_checkpoint(args.checkpoint)
-        if args.compare or args.explain:
-            spare(Path(args.picture))
         network = restore(checkpoint)
+        args.refine = (run_par(checkpoint) or PAR((1, 2, 4, 8))) if args.par else None
         if args.compare:
             compare(network, checkpoint, args)
         elif args.explain:
@@ -476,28 +474,11 @@ def main():
         elif args.predict:
             predict(network, checkpoint, args)
         elif (args.data or checkpoint["args"]["data"]) == "folder":
-            raise CheckpointError(f"{args.checkpoint}: a folder has no labels: nothing to score; "
-                                  f"use --predict")
+            raise UserError(f"{args.checkpoint}: a folder has no labels: nothing to score; use --predict")
         else:
-            source, trained = open_split(checkpoint, args), checkpoint["args"]
-            size = trained["size"]
-            total = torch.zeros(len(source.names), len(source.names), dtype=torch.int64)
-            for i in range(len(source)):
-                image, label = source.image(i), source.label(i)
-                if not args.native:
-                    image, label = data.squash(image, size), data.squash(label, size, "nearest")
-                mask = segment_image(network, image, checkpoint["rates"], size, args.native, args.refine)
-                total += confusion_matrix(label, mask, len(source.names))
-            report(scores(total), source.names)
-            print(f"epoch {checkpoint['epoch']}, rates {checkpoint['rates']}, {len(source)} images at "
-                  f"{'their own size' if args.native else f'{size} x {size}'}"
-                  + (f" (training scored the first {trained['limit']})" if trained["limit"] else ""))
-    except (data.DataError, WeightsError, CheckpointError) as error:
-        sys.exit(print(f"eval.py: {error}", file=sys.stderr) or 2)
+            score(network, checkpoint, args)
     except OSError as error:
-        where, why = error.filename or args.out, error.strerror or error
-        sys.exit(print(f"eval.py: {where}: {why}; mend that, or choose another --out or --picture",
-                       file=sys.stderr) or 2)
+        sys.exit(data.report(error))
 
 
 if __name__ == "__main__":

@@ -2,12 +2,16 @@
 
     L_all = lambda_1 L_seg + lambda_2 L_CE + lambda_3 L_un + lambda_4 L_cls
 
-Plain functions of logits (B, N, H, W), labels (B, H, W) and class embeddings (B, N, D). N counts every class,
-the background included where there is one (channel 0). Needs torch only: copy this file anywhere.
+    min_max(), cam_probabilities(), fuse() -> pseudo_label()  (Fig. 2) -> the four losses -> dmsa_losses() (Eq. 6)
 
-A batch may be spread over processes and micro-batches. Every mean is therefore a sum over a `count` that the
-caller may give: with the counts of the whole batch (`pixel_counts`, summed over its parts), the parts' losses
-and gradients add up to those of the batch in one piece.
+Plain functions of logits (B, N, H, W), labels (B, H, W) and class embeddings (B, N, D). N counts every class,
+the background included where there is one (channel 0). Needs torch only: copy this file anywhere. "Decision N"
+is row N of docs/decisions.md in the DMSA repository, which says what was chosen where the paper is silent.
+
+A batch may be spread over processes and over parts of one process. The mean over a batch is then not the mean
+of its parts' means. So every loss is a sum divided by a `count` that the caller may give: with the counts of
+the whole batch (`pixel_counts`, added up over its parts), the losses and gradients of the parts add up to
+those of the batch in one piece.
 
     python losses.py      # the four losses on three cases that can be checked by hand
 """
@@ -35,47 +39,52 @@ def min_max(cam):
     return (cam - low) / (high - low).clamp(min=torch.finfo(cam.dtype).tiny)
 
 
-def cam_probabilities(cam, background=True, threshold=THRESHOLD, scaled=False):
-    """Class activation maps on one scale, with a background channel (TransFGU).
+def with_background(cam, threshold=THRESHOLD):
+    """Put a background channel relu(threshold - max_k) before the maps: (B, K, h, w) -> (B, K + 1, h, w).
 
-    cam         (B, K, h, w)  any scale; `scaled`: crops of maps that went through `min_max` as whole images
-    background  put a channel relu(threshold - max_k) first: it wins where all maps are below threshold / 2
-    returns     (B, K + 1, h, w) or, without background, (B, K, h, w); in [0, 1], not summing to 1
+    cam in [0, 1]. The background wins where all maps are below threshold / 2 (TransFGU).
     """
-    maps = cam if scaled else min_max(cam)
-    if not background:
-        return maps
-    return torch.cat([F.relu(threshold - maps.amax(1, keepdim=True)), maps], dim=1)
+    return torch.cat([F.relu(threshold - cam.amax(1, keepdim=True)), cam], dim=1)
 
 
-def fuse(cam_probabilities, teacher_logits, teacher_weight):
+def cam_probabilities(cam, background=True, threshold=THRESHOLD):
+    """Class activation maps of any scale as one map a class, in [0, 1]; they do not sum to 1 (TransFGU).
+
+    cam         (B, K, h, w)  any scale
+    background  put a background channel first
+    returns     (B, K + 1, h, w) or, without background, (B, K, h, w)
+    """
+    return with_background(min_max(cam), threshold) if background else min_max(cam)
+
+
+def fuse(cam, teacher_logits, teacher_weight):
     """Fig. 2: (1 - teacher_weight) * CAM + teacher_weight * softmax(teacher); all (B, N, h, w).
 
+    cam              one map a class, in [0, 1], as `cam_probabilities` gives them
     teacher_weight   0.7 for things, 0.5 where there is stuff (decision 11)
     """
-    return (1 - teacher_weight) * cam_probabilities + teacher_weight * teacher_logits.softmax(1)
+    return (1 - teacher_weight) * cam + teacher_weight * teacher_logits.softmax(1)
 
 
-def pseudo_label(cam, teacher_logits, refine, teacher_weight, background=True, threshold=THRESHOLD,
-                 scaled=False):
+def pseudo_label(cam, teacher_logits, refine, teacher_weight, background=True, threshold=THRESHOLD):
     """The upper half of Fig. 2: CAM, fused with the teacher, refined -> the label that the student learns.
 
-    cam             (B, K, h, w); background, threshold, scaled as in `cam_probabilities`
+    cam             (B, K, h, w)  in [0, 1]: `min_max` of whole images, which may have been cropped since
     teacher_logits  (B, N, h, w), or None before the teacher starts: CAM alone
     refine          (B, N, h, w) -> (B, N, H, W), the size of the losses: PAR with the image, or an upsampling
-    returns         label (B, H, W) int64; foreground (B, H, W) bool, the pixels of L_un: those whose CAM
-                    exceeds the threshold in any class, or all where there is no background
+    background      whether class 0 is background, N = K + 1; else N = K
+    returns         label (B, H, W) int64; confident (B, H, W) bool, the pixels of L_un: those where the CAM of
+                    some class exceeds the threshold, or all pixels where there is no background
     """
-    probabilities = cam_probabilities(cam, background, threshold, scaled)         # (B, N, h, w)
     if background:
-        foreground = probabilities[:, 1:].amax(1, keepdim=True) > threshold       # (B, 1, h, w)
+        confident = cam.amax(1, keepdim=True) > threshold                         # (B, 1, h, w)
+        cam = with_background(cam, threshold)                                     # (B, N, h, w)
     else:
-        foreground = torch.ones_like(probabilities[:, :1], dtype=torch.bool)
+        confident = torch.ones_like(cam[:, :1], dtype=torch.bool)
     if teacher_logits is not None:
-        probabilities = fuse(probabilities, teacher_logits, teacher_weight)
-    refined = refine(probabilities)                                               # (B, N, H, W)
-    foreground = F.interpolate(foreground.float(), size=refined.shape[2:])[:, 0].bool()
-    return refined.argmax(1), foreground
+        cam = fuse(cam, teacher_logits, teacher_weight)
+    label = refine(cam).argmax(1)                                                 # (B, H, W)
+    return label, F.interpolate(confident.float(), size=label.shape[1:])[:, 0].bool()
 
 
 # ----------------------------------------------------------------------------
@@ -87,8 +96,8 @@ def cross_entropy_loss(logits, label, permutation=None, alpha=0.0, count=None):
 
     logits       (B, N, H, W)
     label        (B, H, W)     int64 in 0..N-1
-    permutation  (N,)          int64, gives the class to be pushed away from, a fixed point being none; None
-                               without a teacher
+    permutation  (N,)          int64: a pixel of class n is pushed away from class permutation[n]. Where that
+                               is n itself, the loss of the pixel is (1 - alpha) CE. None without a teacher
     alpha        weight of the second term (`permutation_weight`)
     count        pixels to divide by; default B * H * W
     returns      ()            negative where the wrong class is far less likely than the label
@@ -100,36 +109,38 @@ def cross_entropy_loss(logits, label, permutation=None, alpha=0.0, count=None):
     return loss / (label.numel() if count is None else count)
 
 
-def segmentation_loss(logits, label, foreground=None, counts=None, ignore=255):
-    """L_seg of Eq. 6: (mean CE over background + mean CE over foreground pixels) / 2 (AFA get_seg_loss).
+def segmentation_loss(logits, label, second=None, counts=None, ignore=255):
+    """L_seg of Eq. 6: the mean CE of two halves of the pixels, which count alike (AFA get_seg_loss).
 
-    logits      (B, N, H, W)
-    label       (B, H, W)     int64 in 0..N-1; pixels of value `ignore` do not count
-    foreground  (B, H, W)     bool, the second half; default label != 0. Thing pixels where there is stuff
-    counts      (background, foreground) pixels to divide by; default those of `label`
-    returns     ()            an empty half counts 0 (AFA's is NaN)
+    logits    (B, N, H, W)
+    label     (B, H, W)     int64 in 0..N-1; pixels of value `ignore` do not count
+    second    (B, H, W)     bool, the pixels of the second half; default label != 0, so that the halves are
+                            background and foreground. Where there is stuff: stuff and things (decision 13)
+    counts    pixels of the first and second half to divide by; default those of `label`
+    returns   ()            an empty half counts 0 (AFA's is NaN)
     """
-    foreground = label != 0 if foreground is None else foreground
+    second = label != 0 if second is None else second
     valid = label != ignore
     # (B, H, W), 0 where ignored
     ce = F.cross_entropy(logits.float(), label, ignore_index=ignore, reduction="none")
-    halves = (valid & ~foreground, valid & foreground)
+    halves = (valid & ~second, valid & second)
     if counts is None:
         counts = [half.sum() for half in halves]
-    return sum((ce * half).sum() / max(float(n), 1.0) for half, n in zip(halves, counts)) / 2
+    return sum((ce * half).sum() / torch.as_tensor(n).clamp(min=1) for half, n in zip(halves, counts)) / 2
 
 
-def uncertainty_loss(logits, foreground, count=None):
-    """L_un of Eq. 6: 1 - (p_1 - p_2), the gap of the best two classes, mean over foreground (TransFGU).
+def uncertainty_loss(logits, confident, count=None):
+    """L_un of Eq. 6: 1 - (p_1 - p_2), the gap of the best two classes, mean over confident pixels (TransFGU).
 
-    logits      (B, K, H, W)  of the classes that compete, K >= 2: without the background channel
-    foreground  (B, H, W)     bool, pixels that count
-    count       pixels to divide by; default those of `foreground`
-    returns     ()            in [0, 1]; 0, not NaN, without foreground
+    logits     (B, K, H, W)  of the classes that compete, K >= 2: without the background channel
+    confident  (B, H, W)     bool, pixels that count
+    count      pixels to divide by; default those of `confident`
+    returns    ()            in [0, 1]; 0, not NaN, without any such pixel
     """
     p1, p2 = logits.float().softmax(1).topk(2, dim=1).values.unbind(1)            # (B, H, W) each
-    doubt = (1 - (p1 - p2)) * foreground
-    return doubt.sum() / max(float(foreground.sum() if count is None else count), 1.0)
+    doubt = (1 - (p1 - p2)) * confident
+    count = confident.sum() if count is None else torch.as_tensor(count)
+    return doubt.sum() / count.clamp(min=1)
 
 
 def class_loss(class_embeddings, count=None):
@@ -147,33 +158,33 @@ def class_loss(class_embeddings, count=None):
     return (1 + cosine[:, i, j]).mean(1).sum() / (B if count is None else count)
 
 
-def pixel_counts(label, foreground, thing):
-    """What the means of Eq. 6 divide by: (4,) of images, first and second half of L_seg, pixels of L_un.
+def pixel_counts(label, confident, things):
+    """What the means of Eq. 6 divide by: (4,) int64, to be added up over the parts of a batch.
 
-    label (B, H, W) int64; foreground (B, H, W) bool of L_un; thing (N,) bool, the classes of the second half.
-    Add them up over the parts of a batch.
+    label (B, H, W) int64; confident (B, H, W) bool; things (N,) bool, the classes of L_seg's second half
+    returns  images (L_cls), pixels of the first and of the second half (L_seg; together L_CE), confident
+             pixels (L_un)
     """
-    second = thing[label].sum()
-    return torch.stack([second.new_tensor(len(label)), label.numel() - second, second, foreground.sum()])
+    second = things[label].sum()
+    return torch.stack([second.new_tensor(len(label)), label.numel() - second, second, confident.sum()])
 
 
-def dmsa_losses(logits, class_embeddings, label, foreground, counts, thing, lambdas, background=True,
+def dmsa_losses(logits, class_embeddings, label, confident, counts, things, lambdas, background=True,
                 permutation=None, alpha=0.0):
     """Eq. 6 for one part of a batch. Returns {"seg", "ce", "un", "cls", "all"}, each ().
 
-    logits (B, N, H, W), class_embeddings (B, N, D), label (B, H, W), foreground (B, H, W) as above; counts
-    (4,) of the whole batch; lambdas (lambda_1 .. lambda_4). `background`: channel 0 is background and has no
-    part in L_un.
+    logits (B, N, H, W), class_embeddings (B, N, D), label (B, H, W), confident (B, H, W) as above; counts
+    (4,) of the whole batch; things (N,) as in `pixel_counts`; lambdas (lambda_1 .. lambda_4). `background`:
+    channel 0 is background and has no part in L_un.
     """
-    images, first, second, doubtful = counts.tolist()
-    loss = {
-        "seg": segmentation_loss(logits, label, thing[label], (first, second)),
-        "ce": cross_entropy_loss(logits, label, permutation, alpha, first + second),
-        "un": uncertainty_loss(logits[:, 1:] if background else logits, foreground, doubtful),
-        "cls": class_loss(class_embeddings, images),
-    }
-    loss["all"] = sum(weight * value for weight, value in zip(lambdas, loss.values()))
-    return loss
+    images, first, second, doubtful = counts
+    seg = segmentation_loss(logits, label, things[label], (first, second))
+    ce = cross_entropy_loss(logits, label, permutation, alpha, first + second)
+    un = uncertainty_loss(logits[:, 1:] if background else logits, confident, doubtful)
+    cls = class_loss(class_embeddings, images)
+    lambda_1, lambda_2, lambda_3, lambda_4 = lambdas
+    total = lambda_1 * seg + lambda_2 * ce + lambda_3 * un + lambda_4 * cls       # Eq. 6
+    return {"seg": seg, "ce": ce, "un": un, "cls": cls, "all": total}
 
 
 # ----------------------------------------------------------------------------

@@ -5,11 +5,18 @@
 
 The ViT is frozen; a head (ASPP and decoder) is what trains. Student and teacher are two heads on the same
 features, the teacher the moving average of the student (Fig. 2).
-Needs torch and aspp.py: copy both anywhere.
+
+    BACKBONES -> class VisionTransformer (Eq. 2) -> load_dino(), backbone() -> class MaskTransformer (Eq. 3)
+              -> class DMSA (Fig. 1) -> main()
+
+Needs torch and aspp.py: copy both anywhere. "Decision N" is row N of docs/decisions.md in the DMSA repository,
+which says what was chosen where the paper is silent.
 
     python model.py       # parameters and FLOPs of every backbone
 """
 
+import argparse
+import copy
 import hashlib
 import io
 import math
@@ -19,9 +26,8 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.optim.swa_utils import AveragedModel
 
-from aspp import ASPP, DEEPLAB_RATES
+from aspp import ASPP
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, what DINO was trained with
 
@@ -37,8 +43,8 @@ BACKBONES = {                                             # name: (architecture,
 }
 
 
-class WeightsError(ValueError):
-    """A file of weights that cannot be used; the message is one line for people."""
+class WeightsError(OSError):
+    """A file of weights that cannot be used; the message is one line: which file, what is wrong, what to do."""
 
 
 # ----------------------------------------------------------------------------
@@ -65,7 +71,10 @@ class Attention(nn.Module):
         return F.dropout(self.proj(x.transpose(1, 2).flatten(2)), self.dropout, self.training)
 
     def cls_row(self, x):
-        """What the CLS token attends to: softmax(q_cls K^T / sqrt(d_k)), x (B, n, D) -> (B, heads, n)."""
+        """What the CLS token attends to: softmax(q_cls K^T / sqrt(d_k)), x (B, n, D) -> (B, heads, n).
+
+        One row of the map that `forward` applies; the fused kernel there does not give it away.
+        """
         q, k, _ = self.split(x)
         return (q[:, :, :1] @ k.transpose(2, 3) / math.sqrt(k.shape[3])).softmax(3).squeeze(2)
 
@@ -187,7 +196,8 @@ def read_tensors(file):
     except OSError as error:
         raise WeightsError(f"{file}: cannot read this file ({error.strerror})") from None
     try:
-        found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):              # DINO's script saves its args
+            found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:                            # torch raises many kinds on a foreign file
         raise WeightsError(f"{file}: not a file of plain tensors, or damaged ({type(error).__name__}); "
                            f"remove it, or give another") from None
@@ -216,6 +226,8 @@ def load_dino(vit, file):
         if value.shape != state[name].shape:
             raise WeightsError(f"{file}: {name} is {tuple(state[name].shape)}, this backbone has "
                                f"{tuple(value.shape)} (patch size or width differ); choose --backbone to fit")
+        if not state[name].isfinite().all():
+            raise WeightsError(f"{file}: {name} is not finite: a spoilt file; give another")
     vit.load_state_dict({k: v.float() for k, v in state.items()}, strict=True)
     return digest
 
@@ -277,8 +289,8 @@ class MaskTransformer(nn.Module):
     def forward(self, patch_tokens):
         """patch_tokens (B, hw, D) -> logits (B, N, hw), class embeddings (B, N, width) of unit length.
 
-        Eq. 3 divides z c^T by sqrt(D); Segmenter's code, followed here, makes both vectors unit length and
-        puts a LayerNorm over the classes instead (decision 7). softmax(logits, dim=1) are Eq. 3's masks.
+        Eq. 3 divides z c^T by sqrt(D). Segmenter's code, followed here, makes both vectors unit length instead
+        and puts a LayerNorm over the classes (decision 7). softmax(logits, dim=1) gives the masks of Eq. 3.
         """
         x = self.proj_dec(patch_tokens)                                           # (B, hw, width)
         x = torch.cat([x, self.cls_emb.expand(len(x), -1, -1)], dim=1)            # (B, hw + N, width)
@@ -296,28 +308,12 @@ class MaskTransformer(nn.Module):
 
 
 class Head(nn.Module):
-    """What trains: ASPP (unless `use_aspp` is False) and decoder. Student and teacher are two of these.
-
-    The ViT's last MLP and norm lie between the two; they are frozen and not a head's own, so `forward` is
-    given them.
-    """
+    """What trains: ASPP and decoder. `DMSA.decode` puts them behind the frozen ViT. aspp is None without ASPP."""
 
     def __init__(self, dim, n_classes, use_aspp=True, dropout=0.0):
         super().__init__()
         self.aspp = ASPP(dim, min(256, dim)) if use_aspp else None
         self.decoder = MaskTransformer(dim, n_classes, dropout=dropout)
-
-    def forward(self, features, rates, last_block, norm):
-        """features (x, msa) of `DMSA.features` -> logits (B, N, h, w), class embeddings (B, N, D)."""
-        x, msa = features                                                         # (B, D, h, w) each
-        x = x + msa
-        if self.aspp is not None:
-            x = x + self.aspp(msa, rates)                                         # Fig. 1; decision 1
-        grid = x.shape[2:]
-        x = x.flatten(2).transpose(1, 2)                                          # (B, hw, D)
-        x = norm(x + last_block.mlp(last_block.norm2(x)))
-        logits, class_embeddings = self.decoder(x)
-        return logits.unflatten(2, grid), class_embeddings
 
 
 class DMSA(nn.Module):
@@ -325,23 +321,16 @@ class DMSA(nn.Module):
 
     vit        pretrained VisionTransformer; frozen here
     n_classes  N, background included
-    use_aspp   without, the head is the decoder alone; dropout: in the decoder
-    momentum   of the teacher's moving average
+    use_aspp   without, a head is the decoder alone; dropout: in the decoder
 
-    After each step of an optimizer on `student`, call `teacher.update_parameters(student)`.
+    After each step of an optimizer on `student.parameters()`, call `update_teacher`.
     """
 
-    def __init__(self, vit, n_classes, use_aspp=True, dropout=0.0, momentum=0.99):
+    def __init__(self, vit, n_classes, use_aspp=True, dropout=0.0):
         super().__init__()
         self.vit = vit.requires_grad_(False).eval()
         self.student = Head(vit.embed_dim, n_classes, use_aspp, dropout)
-        self.momentum = momentum
-        # Mean Teacher's average, the paper's [14]: momentum min(1 - 1 / (t + 1), m) at update t (decision 17)
-        self.teacher = AveragedModel(self.student, multi_avg_fn=self._average).requires_grad_(False).eval()
-
-    def _average(self, teacher, student, t):
-        momentum = min(1 - 1 / (float(t) + 1), self.momentum)                     # the first update copies
-        torch._foreach_lerp_(teacher, student, 1 - momentum)
+        self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()
 
     def train(self, mode=True):
         super().train(mode)
@@ -358,13 +347,38 @@ class DMSA(nn.Module):
         msa = last.attn(last.norm1(x))                                            # Eq. 2
         return tuple(t[:, 1:].transpose(1, 2).unflatten(2, grid) for t in (x, msa))   # without CLS
 
-    def decode(self, head, features, rates=DEEPLAB_RATES):
-        """`head` (self.student or self.teacher) on `features` -> logits (B, N, h, w), class embeddings."""
-        return head(features, rates, self.vit.blocks[-1], self.vit.norm)
+    def decode(self, head, features, rates):
+        """Fig. 1: the last block with ASPP behind its attention, then the decoder.
 
-    def forward(self, image, rates=DEEPLAB_RATES):
-        """The student's logits (B, N, h, w) for a normalised image (B, 3, H, W)."""
+        head      self.student or self.teacher
+        features  x, msa (B, D, h, w) of `features`
+        rates     of `dilation_rates(epoch)`
+        returns   logits (B, N, h, w), class embeddings (B, N, D)
+        """
+        x, msa = features
+        last, grid = self.vit.blocks[-1], x.shape[2:]
+        x = x + msa                                                               # (B, D, h, w)
+        if head.aspp is not None:
+            x = x + head.aspp(msa, rates)                                         # decision 1
+        x = x.flatten(2).transpose(1, 2)                                          # (B, hw, D)
+        x = self.vit.norm(x + last.mlp(last.norm2(x)))                            # (B, hw, D)
+        logits, class_embeddings = head.decoder(x)                                # (B, N, hw), (B, N, D)
+        return logits.unflatten(2, grid), class_embeddings
+
+    def forward(self, image, rates):
+        """The student's logits (B, N, h, w) for a normalised image (B, 3, H, W); rates as in `decode`."""
         return self.decode(self.student, self.features(image), rates)[0]
+
+    @torch.no_grad()
+    def update_teacher(self, step, momentum=0.99):
+        """Make the teacher the moving average of the student (Mean Teacher, the paper's [14]; decision 17).
+
+        step      optimizer steps before this one, from 0. The momentum grows as 1 - 1 / (step + 1), that of a
+                  plain mean of all steps, until it reaches `momentum`; so at step 0 the teacher is a copy.
+        """
+        m = min(1 - 1 / (step + 1), momentum)
+        for teacher, student in zip(self.teacher.parameters(), self.student.parameters()):
+            teacher.lerp_(student, 1 - m)                                         # m * teacher + (1 - m) * student
 
 
 # ----------------------------------------------------------------------------

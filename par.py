@@ -2,7 +2,11 @@
 
 (B, 3, H, W) image and (B, C, h, w) masks -> (B, C, H, W) masks whose edges follow the image's. Each pixel
 repeatedly takes the average of its neighbours' masks, weighted by how alike their colours are.
-Needs torch only (the picture of `python par.py` needs pillow): copy this file anywhere.
+
+    constants -> offsets(), neighbours(), neighbour_index() -> affinity() (Eq. 4) -> class PAR -> main()
+
+Needs torch only (the picture of `python par.py` needs pillow): copy this file anywhere. "Decision N" is row
+N of docs/decisions.md in the DMSA repository, which says what was chosen where the paper is silent.
 
     python par.py         # writes par.png: a coarse mask after 0 to 10 iterations, and one pixel's affinity
 """
@@ -13,12 +17,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# paper silent on all four: the values are AFA's (decision 8)
+# The paper names none of these. The values are those of AFA, which introduced PAR, and the defaults of `PAR`;
+# DMSA's own training has smaller dilations, 1 2 4 8, because its images are 160 x 160 (decision 8).
 DILATIONS = (1, 2, 4, 8, 12, 24)
 ITERATIONS = 10
 BANDWIDTH = 0.3
 OMEGA3 = 0.01
-EPS = 1e-8
+EPS = 1e-8                                                # added to standard deviations
 IMAGES_AT_ONCE = {"cpu": 1, "cuda": 16}                   # a cache holds one; a GPU with one mostly waits
 
 
@@ -59,15 +64,15 @@ def affinity(image, dilations=DILATIONS, omega3=OMEGA3, bandwidth=BANDWIDTH):
     """
     image, N = image.float(), 8 * len(dilations)
     mean, squares = torch.zeros_like(image), torch.zeros_like(image)              # (B, 3, H, W) each
-    for n in neighbours(image, dilations):
-        mean += n
+    for neighbour in neighbours(image, dilations):
+        mean += neighbour
     mean /= N
-    for n in neighbours(image, dilations):
-        squares += (n - mean).square_()
+    for neighbour in neighbours(image, dilations):
+        squares += (neighbour - mean).square_()
     scale = 1 / (((squares / (N - 1)).sqrt() + EPS) * bandwidth)                  # (B, 3, H, W)
     k_rgb = image.new_empty(len(image), N, *image.shape[2:])                      # (B, N, H, W)
-    for i, n in enumerate(neighbours(image, dilations)):
-        k_rgb[:, i] = -(n - image).mul_(scale).square_().mean(1)
+    for i, neighbour in enumerate(neighbours(image, dilations)):
+        k_rgb[:, i] = -(neighbour - image).mul_(scale).square_().mean(1)
     distance = image.new_tensor([math.hypot(dy, dx) for dy, dx in offsets(dilations)])
     k_pos = -(distance / ((distance.std() + EPS) * bandwidth)) ** 2               # (N,)
     return k_rgb.softmax(1).add_(omega3 * k_pos.softmax(0).view(1, N, 1, 1))
@@ -77,7 +82,7 @@ class PAR(nn.Module):
     """Refine masks with the affinities of an image (Eq. 4). No parameters.
 
     dilations    distances of the 8 neighbours, in pixels. The default is AFA's; DMSA trains with (1, 2, 4, 8)
-                 at 160 x 160, where the larger ones erase good masks (README, "PAR on real photographs")
+                 at 160 x 160, where the larger ones erase good masks (measured: docs/results.md)
     iterations   how often each pixel takes its neighbours' average
     omega3       weight of the position term
     bandwidth    of both Gaussians, in standard deviations
@@ -92,28 +97,30 @@ class PAR(nn.Module):
     def forward(self, image, masks):
         """image (B, 3, H, W), masks (B, C, h, w) of any size -> (B, C, H, W) in fp32.
 
-        Masks are first resized to the image (bilinear, align_corners=True, as AFA does). The weights sum to
-        1 + omega3, so `iterations` rounds multiply a constant mask by (1 + omega3)^iterations (1.1046 by
-        default); the arg max is unaffected. No gradient passes. Raises ValueError if the batch sizes differ.
+        Masks are first resized to the image (bilinear, align_corners=True, as AFA does). The weights of a
+        pixel sum to 1 + omega3, so `iterations` rounds multiply a constant mask by (1 + omega3)^iterations,
+        1.1046 by default; the arg max over channels is unaffected. No gradient passes. Raises ValueError if
+        the batch sizes differ.
         """
         if len(image) != len(masks):
             raise ValueError(f"{len(image)} images but {len(masks)} masks")
-        H, W = image.shape[2:]
-        masks = F.interpolate(masks.float(), size=(H, W), mode="bilinear", align_corners=True)
-        masks = masks.flatten(2).transpose(1, 2).contiguous()                     # (B, HW, C)
-        index = neighbour_index(H, W, self.dilations).to(image.device)            # (HW, N)
+        masks = F.interpolate(masks.float(), size=image.shape[2:], mode="bilinear", align_corners=True)
         n = IMAGES_AT_ONCE["cuda" if image.is_cuda else "cpu"]
-        for image, mask in zip(image.split(n), masks.split(n)):
-            k = affinity(image, self.dilations, self.omega3, self.bandwidth)      # once: (n, N, H, W)
-            weights = k.flatten(2).transpose(1, 2).flatten(0, 1).contiguous()     # (n HW, N)
-            del k                                         # as large as all that is left
-            first = torch.arange(len(image), dtype=torch.int32, device=image.device) * (H * W)
-            rows = (index + first[:, None, None]).flatten(0, 1)                   # (n HW, N)
-            refined = mask.flatten(0, 1)                                          # (n HW, C)
-            for _ in range(self.iterations):              # row p: sum_j weights[p, j] * refined[rows[p, j]]
-                refined = F.embedding_bag(rows, refined, mode="sum", per_sample_weights=weights)
-            mask.copy_(refined.view_as(mask))
-        return masks.transpose(1, 2).unflatten(2, (H, W))                         # (B, C, H, W)
+        return torch.cat([self.refine(*few) for few in zip(image.split(n), masks.split(n))])
+
+    def refine(self, image, masks):
+        """All iterations for a few images: (n, 3, H, W), masks (n, C, H, W) -> (n, C, H, W)."""
+        n, C, H, W = masks.shape
+        k = affinity(image, self.dilations, self.omega3, self.bandwidth)          # (n, N, H, W)
+        weights = k.flatten(2).transpose(1, 2).flatten(0, 1).contiguous()         # (n HW, N), a row a pixel
+        del k                                             # as large as all that is left
+        index = neighbour_index(H, W, self.dilations).to(image.device)            # (HW, N), of one image
+        first = torch.arange(n, dtype=torch.int32, device=image.device) * (H * W)
+        rows = (index + first[:, None, None]).flatten(0, 1)                       # (n HW, N), of all
+        masks = masks.flatten(2).transpose(1, 2).flatten(0, 1).contiguous()       # (n HW, C)
+        for _ in range(self.iterations):                  # masks[p] = sum_j weights[p, j] * masks[rows[p, j]]
+            masks = F.embedding_bag(rows, masks, mode="sum", per_sample_weights=weights)
+        return masks.view(n, H, W, C).permute(0, 3, 1, 2)                         # (n, C, H, W)
 
 
 # ----------------------------------------------------------------------------

@@ -5,8 +5,11 @@
     torchrun --nproc_per_node=6 train.py --data voc                # six GPUs, the paper's setting
     python train.py --data folder --root photos --classes 10       # images of one's own, no labels
 
-The same command again goes on where the run stopped, bit for bit. --batch is the global batch: the result
-does not depend on the number of processes but for the order of float32 sums.
+A run that was stopped goes on from its last whole epoch when the same command is given again. --batch is the
+global batch: the result does not depend on the number of processes but for the order of float32 sums.
+
+    settings -> method: class Trainer -> loop: train() -> what a run needs besides: data and caches, checkpoints,
+    processes, options, main()
 """
 
 import argparse
@@ -14,16 +17,19 @@ import contextlib
 import datetime
 import fcntl
 import hashlib
+import io
 import json
 import math
 import os
 import resource
 import signal
 import sys
+import threading
 import time
-import traceback
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,31 +39,32 @@ import torch.nn.functional as F
 import cam
 import data
 from aspp import DEEPLAB_RATES, dilation_rates
-from eval import (CheckpointError, confusion_matrix, curves, evaluate, groups, load_checkpoint,
-                  panels, scores)
-from losses import cam_probabilities, dmsa_losses, min_max, permutation_weight, pixel_counts, pseudo_label
-from model import BACKBONES, DMSA, Head, WeightsError, backbone, normalise
+from data import UserError
+from eval import confusion_matrix, curves, evaluate, groups, load_checkpoint, panels, scores
+from losses import dmsa_losses, min_max, permutation_weight, pixel_counts, pseudo_label, with_background
+from model import BACKBONES, DMSA, Head, VisionTransformer, backbone, normalise
 from par import PAR
 
 # ----------------------------------------------------------------------------
-# Settings by --data. The peers' where not said otherwise; README, "Where the paper is silent"
+# Settings. COMMON, then what each data set changes. Every name but repeat, crop, bank, window, scales and
+# intervals is an option too (OPTIONS below says what it means). "Decision N" is row N of docs/decisions.md.
 
 COMMON = dict(
-    root="data", classes=20,                              # clusters, of --data folder
-    backbone="vits8", size=320, crop=160,                 # pixels: of the squashed image, of training crops
-    scales=cam.THING_SCALES, bank=640, window=320,        # windows: shares; pixels of the image, of crops
+    root="data", classes=20, seed=0, accumulate=1, workers=4, device="auto", precision="auto",
+    backbone="vits8", size=320, crop=160,                 # pixels: side of the squashed image, of a training crop
+    scales=cam.THING_SCALES, bank=640, window=320,        # windows: sides as shares of the image; pixels of the
+                                                          # image that they are cut from, and of one as the ViT sees it
     batch=512, epochs=50, repeat=1, lr=1e-4,              # repeat: passes over the images that make an epoch
     lambdas=(0.1, 1.0, 0.3, 1.0),                         # of Eq. 6: seg, CE, un, cls (decision 16)
     background=0.1, teacher_weight=0.7,                   # TransFGU's threshold; decision 11
     teacher_start=5,                                      # epochs of CAM alone
-    intervals=(5, 5, 5, 5, 4, 4, 4, 4, 4, 3),             # of --teacher reset, by decade of epochs
-    par=(1, 2, 4, 8), cam_scale="image", aspp="dynamic", teacher="ema", momentum=0.99, dropout=0.0,
-    losses_at="crop", no_seg_loss=False, jitter=data.JITTER)
+    intervals=(5, 5, 5, 5, 4, 4, 4, 4, 4, 3),             # epochs between resets of the teacher, by decade of epochs
+    aspp="dynamic", par=(1, 2, 4, 8), teacher="ema", momentum=0.99, dropout=0.0,
+    cam_scale="image", losses_at="crop", jitter=data.JITTER)
 SETTINGS = {
-    "shapes": COMMON | dict(                              # small, so that a CPU is enough; see README's table
+    "shapes": COMMON | dict(                              # small, so that a CPU is enough (decision 26)
         backbone="tiny", size=128, crop=96, bank=128, window=96, batch=16, epochs=10, lr=5e-4,
-        lambdas=(0.3, 1.0, 0.1, 1.0), teacher_start=4, intervals=(2,),
-        jitter=(0.4, 0.4, 0.4, 0.05)),
+        lambdas=(0.3, 1.0, 0.1, 1.0), teacher_start=4, intervals=(2,), jitter=(0.4, 0.4, 0.4, 0.05)),
     "voc": COMMON | dict(repeat=20, lambdas=(0.3, 1.0, 0.3, 1.0)),
     "voc-aug": COMMON | dict(epochs=150, lr=1e-5),
     "coco80": COMMON | dict(
@@ -67,624 +74,490 @@ SETTINGS = {
     "folder": COMMON | dict(batch=64),
 }
 # Rows of the paper's tables that are not DMSA. In the released code ASPP never reaches the tokens and PAR is
-# commented out: it is TransFGU with L_seg and another fusion weight (README, "What the released code does").
-TRANSFGU = dict(aspp="none", par=(), cam_scale="crop", teacher="reset", teacher_weight=0.5, dropout=0.1,
-                losses_at="patches", no_seg_loss=True)
-RELEASED = {k: v for k, v in TRANSFGU.items() if k != "teacher_weight"} | dict(no_seg_loss=False)
-ROWS = {"dmsa": {}, "transfgu": TRANSFGU, "released": RELEASED}
+# commented out: it is TransFGU with L_seg and another fusion weight (docs/decisions.md, "The released code").
+# A lambda of None is the data set's own.
+RELEASED = dict(aspp="none", par=(), cam_scale="crop", teacher="reset", dropout=0.1, losses_at="patches")
+PRESETS = {"dmsa": {}, "released": RELEASED,
+           "transfgu": RELEASED | dict(teacher_weight=0.5, lambdas=(0.0, None, None, None))}
 
 BANK_IMAGES, BANK_WINDOWS = 10_000, 200_000               # k-means sees the windows of so many images at most
-# what may differ between a run and its resumption
-MAY_DIFFER = {"out", "root", "workers", "device", "accumulate", "epochs", "dry_run"}
-
-
-class LostProcess(RuntimeError):
-    """Another process of the run has ended."""
-
-
-class RunError(ValueError):
-    """Something a user can mend; the message is one line: what was wrong, where, what to do."""
-
-
-def parse(argv=None):
-    """Options -> one flat namespace of plain values, every setting filled in."""
-    p = argparse.ArgumentParser(description="Train DMSA.", epilog=__doc__.split("\n\n")[1],
-                                formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    add = p.add_argument
-    by_data = "(default: by --data)"
-    add("--data", choices=data.NAMES, default="shapes", help="data set (default: shapes)")
-    add("--root", metavar="DIR", help="folder of the data sets (default: data), or of the images for folder")
-    add("--classes", type=int, metavar="K",
-        help="clusters to look for, --data folder (default: 20)")
-    add("--backbone", choices=tuple(BACKBONES), help=f"pretrained ViT {by_data}")
-    add("--weights", metavar="FILE",
-        help="DINO weights of that backbone (default: fetched once, tiny is shipped)")
-    add("--out", metavar="DIR", help="run folder (default: runs/<data>); caches go beside it, to runs/cache")
-    add("--preset", choices=tuple(ROWS), default="dmsa", help="a row of the paper's tables (default: dmsa)")
-    add("--epochs", type=int, metavar="N",
-        help=f"passes over the data; for voc each takes its images 20 times {by_data}")
-    add("--batch", type=int, metavar="IMAGES", help=f"global batch over all processes {by_data}")
-    add("--accumulate", type=int, default=1, metavar="N",
-        help="parts that a process's batch is cut into; raise it if memory is short (default: 1)")
-    add("--lr", type=float, metavar="X", help=f"learning rate of Adam, constant {by_data}")
-    add("--size", type=int, metavar="PIXELS",
-        help=f"side of the squashed image; of another than the default, crops are half, and the images that "
-             f"windows are cut from twice as large. Smaller is faster and worse {by_data}")
-    add("--limit", type=int, metavar="N", help="use the first N images of each split (default: all)")
-    add("--seed", type=int, default=0, help="of everything; for shapes also of the scenes (default: 0)")
-    add("--workers", type=int, default=4, metavar="N", help="threads that decode images (default: 4)")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto",
-        help="auto: cuda if there is one (default: auto)")
-    add("--precision", choices=("auto", "fp32", "bf16"), default="auto",
-        help="auto: bf16 on a GPU that has it; CAM, PAR and losses stay fp32 (default: auto)")
-    add("--dry-run", action="store_true",
-        help="check options, data and weights, print the settings, and stop")
-    m = p.add_argument_group("modules of the paper")
-    m.add_argument("--no-aspp", dest="aspp", action="store_const", const="none", help="no ASPP")
-    m.add_argument("--static-aspp", dest="aspp", action="store_const", const="static",
-        help="DeepLabV3+'s rates in every epoch")
-    m.add_argument("--no-par", dest="par", action="store_const", const=(),
-        help="pseudo labels are only upsampled")
-    m.add_argument("--par-dilations", dest="par", type=int, nargs="+", metavar="PIXELS",
-        help="of PAR (default: 1 2 4 8; AFA's are 1 2 4 8 12 24)")
-    m.add_argument("--no-seg-loss", action="store_true", default=None, help="lambda_1 = 0")
-    m.add_argument("--teacher", choices=("ema", "reset", "none"),
-        help="moving average; TransFGU's copy and reset; CAM alone (default: ema)")
-    m.add_argument("--no-teacher", dest="teacher", action="store_const", const="none",
-        help="the same as --teacher none")
-    m.add_argument("--teacher-weight", type=float, metavar="X",
-        help="share of the teacher in the pseudo label, 0 to 1 (default: 0.7, with stuff 0.5)")
-    m.add_argument("--teacher-start", type=int, metavar="EPOCHS",
-        help=f"epochs of CAM alone before the teacher takes part {by_data}")
-    m.add_argument("--momentum", type=float, metavar="M",
-        help="of the moving average, 0 to 1 (default: 0.99)")
-    m.add_argument("--background", type=float, metavar="T",
-        help="CAM below half of it is background, 0 to 1 (default: 0.1, TransFGU's)")
-    m.add_argument("--cam-scale", choices=("image", "crop"),
-        help="what CAM's minimum and maximum are taken of; crop is TransFGU's (default: image)")
-    m.add_argument("--lambdas", type=float, nargs=4, metavar=("SEG", "CE", "UN", "CLS"),
-        help=f"weights of Eq. 6 {by_data}")
-    m.add_argument("--jitter", type=float, nargs=4, metavar=("B", "C", "S", "H"),
-        help=f"of brightness, contrast, saturation, 0 to 1, and hue in turns {by_data}")
-    m.add_argument("--dropout", type=float, metavar="P",
-        help="in the decoder; results then depend on the number of processes and --accumulate (default: 0)")
-    args = p.parse_args(argv)
-    if args.data == "folder" and not args.root:
-        p.error("--data folder: give the folder of images with --root")
-    if args.data != "folder" and args.classes is not None:
-        p.error(f"--classes: only for --data folder, {args.data} has its own")
-    # an option that was given wins over the row, the row over the data set's own setting
-    if args.lambdas is not None and args.no_seg_loss is None:
-        args.no_seg_loss = False
-    for name, value in (SETTINGS[args.data] | ROWS[args.preset]).items():
-        if getattr(args, name, None) is None:
-            setattr(args, name, value)
-    if args.size != SETTINGS[args.data]["size"]:
-        args.crop, args.bank, args.window = args.size // 2, 2 * args.size, args.size
-    if args.par:
-        args.losses_at = "crop"                           # PAR's labels have its size, in every row
-    if args.no_seg_loss:
-        args.lambdas = (0.0, *args.lambdas[1:])
-    args.out = args.out or os.path.join("runs", args.data)
-    for name in ("epochs", "batch", "accumulate", "workers", "limit"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            p.error(f"--{name} {getattr(args, name)}: must be at least 1")
-    limits = {"teacher_weight": 1, "momentum": 1, "background": 1, "dropout": 0.99, "lr": 1,
-              "seed": 2 ** 32 - 1, "teacher_start": math.inf}
-    for name, high in limits.items():
-        if not 0 <= getattr(args, name) <= high:
-            p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be between 0 and {high}")
-    if not 2 <= args.classes <= 254:
-        p.error(f"--classes {args.classes}: must be between 2 and 254: L_un compares two, masks are 8-bit")
-    patch = BACKBONES[args.backbone][0]["patch_size"]
-    if args.size % 2 or args.crop % patch or args.size < 4 * patch:
-        p.error(f"--size {args.size}: half of it must be a multiple of {args.backbone}'s patch, {patch}, "
-                f"and at least {2 * patch}")
-    if args.weights and not os.path.isfile(args.weights):
-        p.error(f"--weights {args.weights}: no such file")
-    if not all(0 <= weight < math.inf for weight in args.lambdas):
-        p.error(f"--lambdas {' '.join(map(str, args.lambdas))}: must be numbers of at least 0")
-    if not all(0 <= strength <= 1 for strength in args.jitter):
-        p.error(f"--jitter {' '.join(map(str, args.jitter))}: must be between 0 and 1")
-    if any(d < 1 for d in args.par):
-        p.error("--par-dilations: distances in pixels, at least 1")
-    del args.no_seg_loss
-    return argparse.Namespace(**{k: list(v) if isinstance(v, tuple) else v for k, v in vars(args).items()})
 
 
 # ----------------------------------------------------------------------------
-# Processes
-
-RANK, LOCAL = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
-WORLD = int(os.environ.get("WORLD_SIZE", 1))
+# The method: pseudo labels and training step (Fig. 2), by epoch
 
 
-def start_processes(device):
-    """Join the processes that torchrun started (nccl on GPUs, gloo on CPUs); returns this one's device."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise RunError("--device cuda: this machine shows no GPU to torch; use --device cpu")
-    cuda = device == "cuda" or device == "auto" and torch.cuda.is_available()
-    if cuda and LOCAL >= torch.cuda.device_count():
-        raise RunError(f"process {LOCAL} of this machine has no GPU of its own "
-                       f"({torch.cuda.device_count()} here): lower --nproc_per_node")
-    if cuda:
-        torch.cuda.set_device(LOCAL)
-        torch.backends.cudnn.allow_tf32 = False           # else convolutions in "fp32" have 10 bits
-    if WORLD > 1:                                         # slowest wait: another process's share of a cache
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=4))
-    return torch.device("cuda", LOCAL) if cuda else torch.device("cpu")
+def rates_of(args, epoch):
+    """Table 1's row of this epoch, or DeepLabV3+'s rates in every epoch."""
+    return DEEPLAB_RATES if args.aspp == "static" else dilation_rates(epoch)
 
 
-def summed(tensor):
-    """Sum of a tensor over all processes. Raises LostProcess if one has gone."""
-    if WORLD > 1:
-        try:
-            dist.all_reduce(tensor)
-        except RuntimeError as error:
-            raise LostProcess(f"process {RANK}: another process is gone, and may have said why; the last "
-                              f"checkpoint, if any, is kept ({' '.join(str(error).split())[:400]})") from None
-    return tensor
+def replacements(epochs, start, intervals):
+    """TransFGU: the epochs, from 1, before which the teacher becomes the student and the student starts anew.
 
-
-def wait():
-    """Until all processes are here."""
-    nccl = dist.is_initialized() and dist.get_backend() == "nccl"
-    summed(torch.zeros(1, device=torch.cuda.current_device() if nccl else "cpu")).item()
-
-
-def say(*words):
-    """Print, on the first process. A reader that has gone, as of `| head`, does not end the run."""
-    try:
-        if RANK == 0:
-            print(*words, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-class Stop:
-    """SIGTERM and SIGINT: before the training loop leave at once, from then on finish what is begun."""
-    signal, finish_step = 0, False
-
-    def __call__(self, number, frame):
-        self.signal = number
-        if not self.finish_step:
-            os._exit(128 + number)                        # caches resume by themselves
-
-    def summed(self, counts):
-        """Sum of `counts` over all processes, and the signal that reached any of them, 0 if none did.
-
-        A signal may reach one process only, or each at another step. It travels with the counts, so that all
-        learn of it at the same step, leave together, and no message is spent on it.
-        """
-        signals = F.one_hot(torch.tensor(self.signal, device=counts.device), 65)
-        counts, signals = summed(torch.cat([counts, signals])).split([len(counts), 65])
-        reached = signals[1:].nonzero().flatten().tolist()
-        return counts, reached[0] + 1 if reached else 0
-
-
-# ----------------------------------------------------------------------------
-# Caches: arrays on disk, one record an image, written by all processes together
-
-
-def cache(folder, name, key, n, shape, dtype, compute):
-    """A memory-mapped array (n, *shape) in `folder`, computed where it is not yet: compute(range) -> values.
-
-    `key` holds all that the values depend on and is part of the file's name: another key is another file. A
-    record and its mark lie in one file, so that a run that was killed goes on, and two runs may share it.
-    Raises RunError if the disk is full.
+    For VOC, start 5 and intervals 5, 5, ...: epochs 6, 11, 16, 21, ...
     """
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]
-    file = Path(folder) / f"{name}-{digest}.npy"
-    if not file.exists() and LOCAL == 0:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(f"{file}.{RANK}-{os.getpid()}")
-        try:
-            record = np.dtype([("done", "<u8"), ("x", dtype, shape)])
-            np.lib.format.open_memmap(part, "w+", record, (n,)).flush()
-            if hasattr(os, "posix_fallocate"):            # reserve it: a full disk kills a memory map later
-                with open(part, "r+b") as f:
-                    os.posix_fallocate(f.fileno(), 0, os.fstat(f.fileno()).st_size)
-            with contextlib.suppress(FileExistsError):
-                os.link(part, file)                       # never replaces what another run made meanwhile
-        except OSError as error:
-            raise RunError(f"{file}: cannot make this cache ({error.strerror}); free space or choose "
-                           f"another --out") from None
-        finally:
-            part.unlink(missing_ok=True)
-    wait()
-    array = np.load(file, mmap_mode="r+")                 # all processes write into one file, each its groups
-    missing = [g for g in groups(n, RANK, WORLD) if not array["done"][g.start:g.stop].all()]  # ours only
-    start = time.time()
-    for count, group in enumerate(missing, 1):
-        array["x"][group.start:group.stop] = compute(group)
-        # only now: a group that a kill cut short is computed again
-        array["done"][group.start:group.stop] = 1
+    return [epoch for epoch in range(start + 1, epochs + 1)
+            if (epoch - 1) % intervals[min((epoch - 1) // 10, len(intervals) - 1)] == 0]
+
+
+def teacher_age(args, epoch):
+    """Epochs since the teacher began (ema) or was last replaced (reset), from 0; None while there is none."""
+    begun = args.teacher_start + 1
+    if args.teacher == "reset":
+        begun = max(replacements(epoch, args.teacher_start, args.intervals), default=math.inf)
+    return epoch - begun if args.teacher != "none" and epoch >= begun else None
+
+
+class Part(NamedTuple):
+    """What a process computes at once: its share of a batch, or with --accumulate a part of that."""
+    samples: np.ndarray          # (b,) numbers within the epoch
+    image: torch.Tensor          # (b, 3, S, S) in 0..1
+    cams: torch.Tensor           # (b, K, h, w) in 0..1
+    draws: data.Draws            # of the crop and the colours
+
+
+class Target(NamedTuple):
+    """What the student learns from a part: `pseudo_labels` makes it, `train_step` uses it."""
+    samples: np.ndarray          # (b,)
+    features: tuple              # x, msa (b, D, h, w) of `DMSA.features`
+    label: torch.Tensor          # (b, H, W) int64
+    confident: torch.Tensor      # (b, H, W) bool, pixels of L_un
+
+
+class Trainer:
+    """Network and optimizer of a run, and how far it is; `pseudo_labels` and `train_step` are Fig. 2's halves."""
+
+    def __init__(self, args, vit, source, centroids, device):
+        self.args, self.source, self.centroids, self.device = args, source, centroids, device
+        N = len(source.names)
+        torch.manual_seed(args.seed)                      # the same start on every process
+        self.network = DMSA(vit, N, args.aspp != "none", args.dropout).to(device).train()
+        self.params = list(self.network.student.parameters())
+        self.optimizer = torch.optim.Adam([               # L2, not on biases and norms (decision 27)
+            {"params": [p for p in self.params if p.ndim > 1], "weight_decay": 5e-4},
+            {"params": [p for p in self.params if p.ndim <= 1], "weight_decay": 0.0}], lr=args.lr)
+        self.par = PAR(tuple(args.par)) if args.par else None
+        # of the losses: the crop (decision 18), or in TransFGU's row its patches. PAR's labels have the crop's
+        self.label_size = args.crop if args.par or args.losses_at == "crop" else args.crop // vit.patch_size
+        first = 1 if source.background else 0             # things are the second half of L_seg (decision 13)
+        self.things = torch.tensor([first <= n < first + source.things for n in range(N)], device=device)
+        able = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        self.bf16 = args.precision == "bf16" or args.precision == "auto" and able
+        self.epoch, self.scored, self.assignment = 0, {}, list(range(N))          # epochs that are done
+
+    def low_precision(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def upsample(self, maps):
+        return F.interpolate(maps, size=(self.label_size, self.label_size), mode="bilinear")
+
+    def replace_teacher(self):
+        """TransFGU: the teacher becomes the student, the student starts anew; Adam's state is kept."""
+        self.network.teacher.load_state_dict(self.network.student.state_dict())
+        torch.manual_seed(self.args.seed)                 # the start that __init__ gave
+        fresh = Head(self.network.vit.embed_dim, len(self.source.names), self.args.aspp != "none")
+        self.network.student.load_state_dict(fresh.state_dict())
+
+    @torch.no_grad()
+    def pseudo_labels(self, parts, epoch):
+        """Fig. 2, top: CAM and teacher, fused, refined by PAR. Returns a Target for each Part, and the pixel
+        counts (4,) of all, which the losses divide by."""
+        args, network, targets = self.args, self.network, []
+        patch, background = network.vit.patch_size, self.source.background
+        for part in parts:
+            # PAR sees the crop before colour jitter, the network after it (decision 24)
+            image = data.crop(part.image, part.draws, args.crop)                  # (b, 3, H, W)
+            cams = data.crop(part.cams, part.draws, args.crop // patch, "area")   # (b, K, h, w)
+            if args.cam_scale == "crop":
+                cams = min_max(cams)                      # TransFGU's; else scaled by the whole image (decision 23)
+            seen, teacher = normalise(data.augment(image, part.draws)), None      # (b, 3, H, W)
+            with self.low_precision():
+                features = network.features(seen)                                 # (b, D, h, w), twice
+                if teacher_age(args, epoch) is not None:
+                    teacher, _ = network.decode(network.teacher, features, rates_of(args, epoch))
+                    teacher = teacher.float()                                     # (b, N, h, w) logits
+            refine = partial(self.par, image) if self.par else self.upsample
+            label, confident = pseudo_label(cams, teacher, refine, args.teacher_weight, background,
+                                            args.background)                      # (b, H, W) each
+            targets.append(Target(part.samples, features, label, confident))
+        return targets, sum(pixel_counts(t.label, t.confident, self.things) for t in targets)
+
+    def train_step(self, targets, counts, epoch, step):
+        """Fig. 2, bottom: the losses of the targets, their gradients summed over all processes, one step.
+
+        counts   (4,) of the whole batch: with them the losses of its parts add up to the batch's (losses.py),
+                 so that cutting it differently changes nothing
+        step     steps before this one, from 0
+        returns  {"seg", "ce", "un", "cls", "all"} of the batch
+        raises   FloatingPointError, on all processes, if a loss or gradient is not finite; nothing has moved
+        """
+        args, network = self.args, self.network
+        permutation, alpha, age = None, 0.0, teacher_age(args, epoch)
+        if age is not None:                               # one for the whole batch, the same on every process
+            rng = np.random.default_rng((args.seed, epoch, step))
+            permutation = torch.from_numpy(rng.permutation(len(self.source.names))).to(self.device)
+            alpha = permutation_weight(age)
+        torch.manual_seed(args.seed + 1009 * step + 31 * RANK)                    # only dropout draws from it
+        self.optimizer.zero_grad()
+        values = 0.0
+        for target in targets:
+            with self.low_precision():
+                logits, class_embeddings = network.decode(network.student, target.features,
+                                                          rates_of(args, epoch))
+            loss = dmsa_losses(self.upsample(logits.float()), class_embeddings.float(), target.label,
+                               target.confident, counts, self.things, args.lambdas, self.source.background,
+                               permutation, alpha)
+            loss["all"].backward()
+            values = values + torch.stack([value.detach() for value in loss.values()])            # (5,)
+        # the counts are the whole batch's: the sum over processes is the mean over the batch
+        values = all_reduce_sum(values)
+        gradient = all_reduce_sum(torch.cat([p.grad.flatten() for p in self.params]))             # (P,)
+        *values, norm = torch.cat([values, gradient.norm()[None]]).tolist()
+        values = dict(zip(loss, values))
+        if not all(map(math.isfinite, (*values.values(), norm))):
+            raise FloatingPointError(f"step {step + 1}: {self.not_finite(values, gradient)} not finite; process "
+                                     f"{RANK} had {self.sample_names(targets)}; the last checkpoint is kept")
+        gradient.clamp_(-1, 1)                                                    # elementwise, as TransFGU
+        for p, g in zip(self.params, gradient.split([p.numel() for p in self.params])):
+            p.grad = g.view_as(p)
+        self.optimizer.step()
+        if args.teacher == "ema":
+            network.update_teacher(step, args.momentum)
+        return values
+
+    def not_finite(self, values, gradient):
+        """Names of the losses, or else of the parameters' gradients, that are not finite."""
+        wrong = [name for name, value in values.items() if not math.isfinite(value)]
+        named = zip(self.network.student.named_parameters(), gradient.split([p.numel() for p in self.params]))
+        wrong = wrong or ["gradient of " + name for (name, _), g in named if not g.isfinite().all()]
+        return ", ".join(wrong[:3]) or "norm of the gradient"
+
+    def sample_names(self, targets):
+        n = len(self.source)
+        return ", ".join(str(self.source.ids[s % n]) for target in targets for s in target.samples[:8])
+
+    def score(self, images, labels, epoch):
+        """Scores of the student on val with this epoch's rates; keeps the cluster -> class assignment."""
+        self.network.eval()
+        share = ((images[g.start:g.stop], labels[g.start:g.stop]) for g in groups(len(labels), RANK, WORLD))
+        total = evaluate(self.network, share, rates_of(self.args, epoch))         # (N, N), of our share
+        self.network.train()
+        result = scores(all_reduce_sum(total.to(self.device)).cpu())
+        self.assignment = result["assignment"].tolist()
+        return {name: result[name] for name in ("miou", "accuracy", "clusters", "entropy")}
+
+
+# ----------------------------------------------------------------------------
+# The loop
+
+
+def train(args, device):
+    """The whole run: coarse labels, then epochs of steps, each with its scores and its checkpoint."""
+    out, state = Path(args.out), resume(args)
+    if state and state["epoch"] >= args.epochs and (out / "curves.png").exists():
+        return print0(f"{out}: this run is finished ({state['epoch']} epochs); raise --epochs to go on, "
+                      f"or use another --out")
+    sources = open_data(args, state)
+    vit, digest = frozen_vit(args, state, device)
+    images, labels = cached_images(args, sources), cached_labels(args, sources)
+    centroids = state["centroids"] if state else cluster_windows(args, sources["train"], vit, digest, device)
+    trainer = Trainer(args, vit, sources["train"], centroids, device)
+    trainer.images, trainer.weights = {split: identity(source) for split, source in sources.items()}, digest
+    if state:
+        trainer_from(state, trainer)
+        print0(f"{out}: going on after epoch {trainer.epoch}")
+    else:
+        save_checkpoint(trainer, "last.pt")               # k-means is done once and for all
+    cams = cached_cams(args, sources, images, vit, digest, centroids, device)
+    if labels is not None and "cam" not in trainer.scored:
+        trainer.scored["cam"] = score_cam(args, sources["val"], cams["val"], labels, device)
+    log, steps = open_log(out, trainer.epoch), len(images["train"]) * args.repeat // args.batch
+
+    for epoch in range(trainer.epoch + 1, args.epochs + 1):          # Table 1 counts from 1
+        begin, waited, total = time.time(), 0.0, np.zeros(5)
+        if args.teacher == "reset" and teacher_age(args, epoch) == 0:
+            trainer.replace_teacher()
+        loader = batches(args, images["train"], cams["train"], epoch, device)
+        for step, (parts, seconds) in enumerate(loader, (epoch - 1) * steps):
+            # for all parts first: the means of the losses need the pixels of the whole batch
+            targets, counts = trainer.pseudo_labels(parts, epoch)    # Fig. 2, top
+            losses = trainer.train_step(targets, all_reduce_sum(counts), epoch, step)    # bottom; Eq. 6
+            waited, total = waited + seconds, total + list(losses.values())
+            record = {"epoch": epoch, "step": step + 1, **losses, "rates": list(rates_of(args, epoch)),
+                      "lr": args.lr}
+            if step + 1 == epoch * steps:
+                record |= speed(args, device, steps, time.time() - begin, waited)
+                if labels is not None:
+                    record |= trainer.score(images["val"], labels, epoch) | trainer.scored["cam"]
+            log(record)
+        trainer.epoch = epoch
+        if labels is not None:
+            last = trainer.scored["last"] = {name: record[name] for name in ("epoch", "miou", "accuracy")}
+            best = trainer.scored.get("best")
+            if not best or last["miou"] + last["accuracy"] > best["miou"] + best["accuracy"]:
+                trainer.scored["best"] = last             # chosen on val, as the peers do
+                save_checkpoint(trainer, "best.pt")
+        save_checkpoint(trainer, "last.pt")
+        print0(epoch_line(args, record, dict(zip(losses, total / steps))))
+    draw_and_tell(trainer, images["train" if labels is None else "val"], labels)
+
+
+def batches(args, images, cams, epoch, device):
+    """This process's parts of every batch of an epoch, loaded one ahead of use.
+
+    yields  a list of `accumulate` Parts, seconds waited. A last, smaller batch is left out: it would weigh its
+            images more.
+    """
+    n = len(images) * args.repeat                         # sample s is image s % len(images)
+    order = np.random.default_rng((args.seed, epoch)).permutation(n)
+
+    def load(step):
+        parts = np.array_split(order[step * args.batch:(step + 1) * args.batch], args.accumulate * WORLD)
+        stack = lambda array, samples: torch.from_numpy(np.stack([array[s % len(images)] for s in samples]))
+        return [(samples, stack(images, samples), stack(cams, samples)) for samples in parts[RANK::WORLD]]
+
+    with ThreadPoolExecutor(1) as pool:
+        ahead = pool.submit(load, 0)
+        for step in range(n // args.batch):
+            begin = time.time()
+            loaded = ahead.result()
+            waited = time.time() - begin
+            ahead = pool.submit(load, step + 1)           # after the last step: an empty batch
+            yield [Part(samples, data.to_float(image, device), maps.to(device).float(),
+                        data.Draws(*(d.to(device) for d in data.draw(args.seed, epoch, samples, args.jitter))))
+                   for samples, image, maps in loaded], waited
+
+
+# ============================================================================
+# What a run needs besides. Whoever reads this beside the paper has now seen all of the paper's method.
+#
+# Data and caches. A cache is a folder of arrays ("shards"), each of consecutive images. A shard is written to a
+# temporary name and moved into place, so that one that is there is whole: a killed run goes on at the next one.
+
+SHARDS = 64                                               # of a cache at most: each keeps a file open
+VERSION = 1                                               # raise it when a cached computation changes
+
+
+class Cache:
+    """A cache on disk, read like an array: len(cache), cache[i], cache[a:b]."""
+
+    def __init__(self, folder, bounds):
+        self.bounds, self.shards = bounds, [read_array(folder / f"{k:02}.npy") for k in range(len(bounds) - 1)]
+
+    def __len__(self):
+        return self.bounds[-1]
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return np.stack([self[k] for k in range(*i.indices(len(self)))])
+        k = np.searchsorted(self.bounds, i, side="right") - 1
+        return self.shards[k][i - self.bounds[k]]
+
+
+def cached(args, name, key, n, compute):
+    """The Cache of n records that `key`, all that they depend on, names; compute(range) -> records, an array.
+
+    Each process computes its share of the shards that are not there.
+    """
+    digest = hashlib.sha256(json.dumps([VERSION, key], default=str).encode()).hexdigest()[:16]
+    folder = Path(args.out).parent / "cache" / f"{args.data}-{name}-{digest}"
+    bounds = np.linspace(0, n, min(n, SHARDS) + 1).round().astype(int)            # by the number of images alone
+    mine = range(RANK, len(bounds) - 1, WORLD)
+    missing, start = [k for k in mine if not (folder / f"{k:02}.npy").exists()], time.time()
+    for count, k in enumerate(missing, 1):
+        write_array(folder / f"{k:02}.npy", compute(range(bounds[k], bounds[k + 1])))
         if RANK == 0 and sys.stderr.isatty():
             left = (time.time() - start) / count * (len(missing) - count)
-            print(f"\r{name}: {count} of {len(missing)} groups, {left:.0f} s left ", file=sys.stderr,
+            print(f"\r{name}: {count} of {len(missing)} shards, {left:.0f} s left ", file=sys.stderr,
                   end="\n" if count == len(missing) else "")
-    array.flush()
-    wait()
-    if not array["done"][[group[-1] for group in groups(n)]].all():
-        raise RunError(f"{file}: what other machines computed is not there: all must share this folder")
-    return array["x"]
+    barrier()
+    return Cache(folder, bounds)
 
 
-def fingerprint(source):
-    """What a split's files are: names, sizes and times of change; for `shapes` the scenes themselves."""
-    files = [str(p) for p in (*source.images, *source.labels)]
-    stats = [(f, os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in files if os.path.exists(f)]
-    first = b"" if files else source.image(0).tobytes()
-    return hashlib.sha256(repr([source.ids, stats]).encode() + first).hexdigest()
-
-
-def claim(out):
-    """Make the run folder and see that it can be written to; the first process locks it against other runs.
-
-    Returns the locked file: the lock goes with it, however the process ends. Raises RunError.
-    """
+def read_array(file):
+    """An array on disk: mapped, so that only what is read needs memory, or read where nothing can be mapped."""
+    if not file.exists():
+        raise UserError(f"{file}: what another machine computed is not there: all machines must share {file.parent}")
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = open(out / ".lock", "w")
-        if RANK == 0:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise RunError(f"{out}: another run is writing there; wait for its end, or choose another "
-                       f"--out") from None
+        return np.load(file, mmap_mode="r")
+    except OSError:
+        return np.load(file)
+
+
+def write_array(file, array):
+    """As numpy.save, which does not name a full disk."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
+    write_whole(file, header.getbuffer(), np.ascontiguousarray(array))
+
+
+def write_whole(file, *pieces):
+    """Write buffers of bytes to a temporary name, then move it into place: what is at `file` is always whole."""
+    part = file.with_name(f"{file.name}.{RANK}-{os.getpid()}.part")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as f:
+            for piece in pieces:
+                f.write(piece)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, file)
     except OSError as error:
-        raise RunError(f"{out}: cannot write there ({error.strerror}); choose another --out") from None
-    return lock
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise UserError(f"{file}: cannot be written ({error.strerror}); mend that, and the same command goes "
+                        f"on") from None
 
 
-def open_data(args):
-    """The splits: {"train": data set, "val": data set}; a folder has no val. Raises RunError, DataError."""
+def identity(source):
+    """What the images of a split are: [how many, digest of their names and sizes in bytes]."""
+    files = [(str(i), os.path.getsize(file)) for i, file in zip(source.ids, source.images)] or source.ids
+    return [len(source), hashlib.sha256(json.dumps(files).encode()).hexdigest()]
+
+
+def open_data(args, state):
+    """The splits: {"train": data set, "val": data set}; a folder has no val. Raises UserError."""
     sources = {}
     for split in ("train",) if args.data == "folder" else ("train", "val"):
-        if RANK:                                          # the first process lists COCO's images for all
-            wait()
-        sources[split] = data.dataset(args.data, args.root, split, args.classes, args.seed,
-                                      cache=Path(args.out).parent / "cache")
-        if not RANK:
-            wait()
+        with zero_first(RANK):                            # the first process lists COCO's images for all
+            sources[split] = data.dataset(args.data, args.root, split, args.classes, args.seed,
+                                          cache=Path(args.out).parent / "cache")
         if args.limit:
             sources[split].limit(args.limit)
+        then, now = state["images"][split] if state else None, identity(sources[split])
+        if then and then != now:
+            raise UserError(f"{args.out}/last.pt: the images of {split} have changed: {then[0]} then, {now[0]} "
+                            f"{'others ' if then[0] == now[0] else ''}now; give the same ones again, or use "
+                            f"another --out")
     n = len(sources["train"]) * args.repeat
     if n < args.batch:
-        raise RunError(f"--batch {args.batch}: larger than an epoch of {n} images; lower it")
+        raise UserError(f"--batch {args.batch}: larger than an epoch of {n} images; lower it")
     return sources
 
 
-def prepare(args, sources, vit, digest, device):
-    """Everything before training: images, windows, centroids, CAMs.
+def frozen_vit(args, state, device):
+    """The pretrained ViT, from the checkpoint of a run that goes on, and the SHA-256 of its file."""
+    if state:
+        vit, digest = VisionTransformer(**BACKBONES[args.backbone][0]), state["weights"]
+        vit.load_state_dict(state["vit"])
+    else:
+        with zero_first(LOCAL_RANK):                      # the first process of a machine fetches it for all
+            vit, file, digest = backbone(args.backbone, args.weights)
+        print0(f"{args.backbone}: {file}, SHA-256 {digest}")
+    return vit.to(device).eval().requires_grad_(False), digest
 
-    returns  images {split: (n, S, S, 3) uint8}; labels of val (n, S, S) uint8 or None; CAMs in 0..1
-             {split: (n, K, h, w) float16}; centroids (K, D). All arrays are memory-mapped.
-    """
-    folder, images, maps, labels = Path(args.out).parent / "cache", {}, {}, None
+
+def cached_images(args, sources):
+    """{split: Cache of squashed images (n, S, S, 3) uint8}."""
+    def read(source, shard):
+        return np.stack(list(pool.map(lambda i: data.squash(source.image(i), args.size), shard)))
+
     with ThreadPoolExecutor(args.workers) as pool:
-        for split, source in sources.items():
-            n, S, prints = len(source), args.size, fingerprint(source)
-            name = f"{args.data}-{split}"
-            image = lambda i: data.squash(source.image(i), S)
-            label = lambda i: data.squash(source.label(i), S, "nearest")
-            squashed = lambda group: np.stack(list(pool.map(image, group)))
-            images[split] = cache(folder, f"{name}-images", [prints, S], n, (S, S, 3), "u1", squashed)
-            if split == "val":
-                squashed = lambda group: np.stack(list(pool.map(label, group)))
-                labels = cache(folder, f"{name}-labels", [prints, S, args.data], n, (S, S), "u1", squashed)
-            if split == "train":
-                centroids = find_centroids(args, vit, digest, device, source, prints, folder, pool)
-            K, grid = len(centroids), S // vit.patch_size
-            # the maps of a split depend on its images, the weights and the centroids, not on k-means' options
-            key = [prints, S, digest, hashlib.sha256(centroids.numpy().tobytes()).hexdigest(), cam.KEEP_MASS]
-
-            def camera(group):
-                image = normalise(data.to_float(images[split][group.start:group.stop], device))
-                return min_max(cam.class_activation_maps(vit, image, centroids.to(device))).cpu().numpy()
-            maps[split] = cache(folder, f"{name}-cam", key, n, (K, grid, grid), "<f2", camera)
-    return images, labels, maps, centroids
+        return {split: cached(args, f"{split}-images", [identity(source), args.size], len(source),
+                              partial(read, source)) for split, source in sources.items()}
 
 
-def find_centroids(args, vit, digest, device, source, prints, folder, pool):
-    """Windows of the training images -> CLS features -> k-means, things and stuff apart: (K, D)."""
-    # evenly over the list: it may be sorted
+def cached_labels(args, sources):
+    """Cache of val's squashed labels (n, S, S) uint8, or None without."""
+    def read(shard):
+        return np.stack(list(pool.map(lambda i: data.squash(val.label(i), args.size, "nearest"), shard)))
+
+    if "val" not in sources:
+        return None
+    val = sources["val"]
+    sizes = [os.path.getsize(file) for file in val.labels]
+    with ThreadPoolExecutor(args.workers) as pool:
+        return cached(args, "val-labels", [identity(val), sizes, args.size], len(val), read)
+
+
+def cluster_windows(args, source, vit, digest, device):
+    """Windows of the training images -> CLS features, cached -> k-means, things and stuff apart: (K, D)."""
+    # evenly over the list, which may be sorted
     chosen = np.linspace(0, len(source) - 1, min(len(source), BANK_IMAGES)).round().astype(int)
-    side, kinds = args.bank // vit.patch_size, 2 if source.stuff else 1
-    shape = kinds, len(cam.windows(side, side, args.scales)), vit.embed_dim  # of one image
+    grid, kinds = args.bank // vit.patch_size, 2 if source.stuff else 1
+    shape = kinds, len(cam.windows(grid, grid, args.scales)), vit.embed_dim       # of one image
 
-    def features(group):
-        out = np.full((len(group), *shape), np.nan, np.float16)                   # NaN: no such window
-        loaded = pool.map(lambda i: data.squash(source.image(chosen[i]), args.bank), group)
-        for row, image in zip(out, loaded):
-            image = normalise(data.to_float(image[None], device))
+    def features(shard):
+        out = np.full((len(shard), *shape), np.nan, np.float16)                   # NaN: no such window
+        for row, i in zip(out, shard):
+            image = data.squash(source.image(chosen[i]), args.bank)
+            image = normalise(data.to_float(image[None], device))                 # (1, 3, bank, bank)
             found = cam.window_features(vit, image, args.window, args.scales, kinds == 2)  # (M, D), (M', D)
             for kind in range(kinds):
                 row[kind, :len(found[kind])] = found[kind].cpu().numpy()
         return out
 
     # not in the key: K and the seed, so that other numbers of clusters reuse the windows
-    key = [prints, digest, args.bank, args.window, args.scales, kinds, cam.COVER, cam.CLEAR, len(chosen)]
-    bank = cache(folder, f"{args.data}-windows", key, len(chosen), shape, "<f2", features)
-    key = [*key, source.things, source.stuff, args.seed, cam.RESTARTS, BANK_WINDOWS]
-    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-    file = folder / f"{args.data}-centroids-{name}.npy"
-    if not file.exists() and LOCAL == 0:
-        found, rng = [], np.random.default_rng(args.seed)
+    key = [identity(source), digest, args.bank, args.window, args.scales, kinds, cam.COVER, cam.CLEAR, len(chosen)]
+    bank, rng = cached(args, "windows", key, len(chosen), features), np.random.default_rng(args.seed)
+    K = source.things + source.stuff
+    centroids = torch.zeros(K, vit.embed_dim, device=device)
+    if RANK == 0:
+        found = []
         for kind, k in enumerate((source.things, source.stuff)[:kinds]):
-            windows = bank[:, kind].reshape(-1, vit.embed_dim)                    # (n * windows, D)
-            windows = windows[~np.isnan(windows[:, 0])].astype(np.float32)
+            windows = np.concatenate([shard[:, kind][~np.isnan(shard[:, kind, :, 0])] for shard in bank.shards])
+            if len(windows) < k:
+                raise UserError(f"--data {args.data}: {len(windows)} windows are too few for {k} clusters; give "
+                                f"more images, or fewer clusters")
             if len(windows) > BANK_WINDOWS:
                 windows = windows[np.sort(rng.choice(len(windows), BANK_WINDOWS, replace=False))]
-            say(f"k-means: {len(windows)} windows of {len(chosen)} images, {k} clusters")
-            try:
-                found.append(cam.cluster(windows, k, args.seed))
-            except ValueError as error:                   # fewer windows than clusters
-                raise RunError(f"--data {args.data}: {error}") from None
-        part = Path(f"{file}.{RANK}-{os.getpid()}.npy")
-        np.save(part, np.concatenate(found))
-        part.replace(file)
-    wait()
-    return torch.from_numpy(np.load(file))
+            print0(f"k-means: {len(windows)} windows of {len(chosen)} images, {k} clusters")
+            found.append(torch.from_numpy(cam.cluster(windows, k, args.seed)))
+        centroids += torch.cat(found).to(device)
+    return all_reduce_sum(centroids).cpu()                # of zeros and the first process's: all have them
+
+
+def cached_cams(args, sources, images, vit, digest, centroids, device):
+    """{split: Cache of class activation maps (n, K, h, w) float16, each image's scaled to 0..1}."""
+    def maps(squashed, shard):
+        image = normalise(data.to_float(squashed[shard.start:shard.stop], device))               # (b, 3, S, S)
+        return min_max(cam.class_activation_maps(vit, image, centroids.to(device))).half().cpu().numpy()
+
+    def shard_maps(squashed, shard):                      # 16 images at once: COCO's shards have 1,800
+        return np.concatenate([maps(squashed, shard[k:k + 16]) for k in range(0, len(shard), 16)])
+
+    # the maps depend on the images, the weights and the centroids, not on how k-means found them
+    key = [args.size, digest, hashlib.sha256(centroids.numpy().tobytes()).hexdigest(), cam.KEEP_MASS]
+    return {split: cached(args, f"{split}-cams", [identity(source), *key], len(source),
+                          partial(shard_maps, images[split])) for split, source in sources.items()}
 
 
 # ----------------------------------------------------------------------------
-# Checkpoints
+# Scores of the coarse labels, log, last words
 
 
-def save(checkpoint, file):
-    """Write to a temporary file, sync, rename: `file` is always whole. Raises RunError, the old one stays."""
-    part = Path(f"{file}.part")
-    try:
-        with open(part, "wb") as f:
-            torch.save(checkpoint, f)
-            f.flush()
-            os.fsync(f.fileno())
-        part.replace(file)
-        folder = os.open(file.parent, os.O_RDONLY)        # the renaming itself must reach the disk
-        os.fsync(folder)
-        os.close(folder)
-    except (OSError, RuntimeError) as error:              # torch's zip writer raises RuntimeError
-        part.unlink(missing_ok=True)
-        raise RunError(f"{file}: cannot write the checkpoint ({str(error).splitlines()[0][:100]}); "
-                       f"the one before is kept") from None
-
-
-def resume(args, out):
-    """The run in `out`, or None. Raises RunError if options differ that would make going on meaningless."""
-    if not (out / "last.pt").exists():
-        return None
-    state = load_checkpoint(out / "last.pt")
-    may_differ = MAY_DIFFER - ({"accumulate"} if args.dropout else set())
-    for name, value in vars(args).items():
-        if name not in may_differ and state["args"].get(name) != value:
-            raise RunError(f"{out}/last.pt: begun with --{name.replace('_', '-')} {state['args'].get(name)}, "
-                           f"now {value}: use another --out, or the same option to go on")
-    return state
-
-
-# ----------------------------------------------------------------------------
-# The schedule of the teacher
-
-
-def replacements(epochs, start, intervals):
-    """TransFGU: the epochs, from 0, at which the teacher becomes the student and the student starts anew."""
-    return [e for e in range(start, epochs) if e % intervals[min(e // 10, len(intervals) - 1)] == 0]
-
-
-def teacher_age(args, epoch):
-    """Epochs since the teacher began (ema) or was last replaced (reset), for alpha(t); None without one."""
-    if args.teacher == "reset":
-        done = replacements(epoch, args.teacher_start, args.intervals)
-        return epoch - 1 - done[-1] if done else None
-    return epoch - 1 - args.teacher_start if args.teacher == "ema" and epoch > args.teacher_start else None
-
-
-# ----------------------------------------------------------------------------
-# Training
-
-
-def batches(args, images, maps, epoch, first, device):
-    """This process's parts of every batch of an epoch, loaded one ahead of use.
-
-    yields  step in the epoch, list of `accumulate` parts (sample numbers, image (b, 3, S, S) in 0..1,
-            CAM (b, K, h, w), draws (b, 10)), seconds waited. A last, smaller batch is left out.
-    """
-    n = len(images) * args.repeat                         # sample s is image s % len(images)
-    order = np.random.default_rng((args.seed, epoch)).permutation(n)
-    steps = n // args.batch                               # a last, smaller batch would weigh its images more
-
-    def load(step):
-        parts = np.array_split(order[step * args.batch:(step + 1) * args.batch], args.accumulate * WORLD)
-        stack = lambda arrays: torch.from_numpy(np.stack(list(arrays)))
-        return [(samples, stack(images[s % len(images)] for s in samples),
-                 stack(maps[s % len(images)] for s in samples),
-                 stack(data.draw(args.seed, epoch, int(s), args.jitter) for s in samples))
-                for samples in parts[RANK::WORLD]]
-
-    with ThreadPoolExecutor(1) as pool:
-        ahead = pool.submit(load, first) if first < steps else None
-        for step in range(first, steps):
-            begin = time.time()
-            parts = ahead.result()
-            waited = time.time() - begin
-            ahead = pool.submit(load, step + 1) if step + 1 < steps else None
-            yield step, [(samples, data.to_float(image, device), cams.to(device).float(),
-                          draws.to(device)) for samples, image, cams, draws in parts], waited
-
-
-class Trainer:
-    """Network, optimizer and position of a run; `pseudo_labels` and `learn` are the two halves of Fig. 2."""
-
-    def __init__(self, args, vit, source, centroids, device, state):
-        self.args, self.source, self.centroids, self.device = args, source, centroids, device
-        N = len(source.names)
-        torch.manual_seed(args.seed)                      # the same start on every process
-        self.network = DMSA(vit, N, args.aspp != "none", args.dropout, args.momentum).to(device).train()
-        self.params = list(self.network.student.parameters())
-        self.optimizer = torch.optim.Adam([               # L2, not on biases and norms: as the peers
-            {"params": [p for p in self.params if p.ndim > 1], "weight_decay": 5e-4},
-            {"params": [p for p in self.params if p.ndim <= 1], "weight_decay": 0.0}], lr=args.lr)
-        self.run = {"epoch": 0, "position": 0, "step": 0, "sums": {}, "cam": {}, "last": {}, "best": {},
-                    "assignment": list(range(N))}
-        if state:
-            self.network.student.load_state_dict(state["student"])
-            self.network.teacher.load_state_dict(state["teacher"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.run = {k: state[k] for k in self.run}
-        self.par = PAR(tuple(args.par)) if args.par else None  # no parameters: nothing to save
-        first = 1 if source.background else 0             # things are the second half of L_seg (decision 13)
-        self.thing = torch.tensor([first <= n < first + source.things for n in range(N)], device=device)
-        able = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        self.bf16 = args.precision == "bf16" or args.precision == "auto" and able
-
-    def low_precision(self):
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
-
-    def upsample(self, maps):
-        crop = self.args.losses_at == "crop"              # decision 18
-        return F.interpolate(maps, size=(self.args.crop, self.args.crop), mode="bilinear") if crop else maps
-
-    def rates(self, epoch):
-        return DEEPLAB_RATES if self.args.aspp == "static" else dilation_rates(epoch)
-
-    def replace_teacher(self):
-        """TransFGU: the teacher becomes the student, the student starts anew; Adam's state is kept."""
-        self.network.teacher.module.load_state_dict(self.network.student.state_dict())
-        torch.manual_seed(self.args.seed)                 # the start that __init__ had
-        fresh = Head(self.network.vit.embed_dim, len(self.source.names), self.args.aspp != "none")
-        self.network.student.load_state_dict(fresh.state_dict())
-
-    @torch.no_grad()
-    def pseudo_labels(self, parts, epoch):
-        """Fig. 2, top. parts of `batches` -> [(samples, features, label, foreground)] for `learn`, and their
-        summed pixel counts (4,)."""
-        args, network, out = self.args, self.network, []
-        counts = torch.zeros(4, dtype=torch.int64, device=self.device)
-        refine = self.upsample if self.par is None else lambda maps: self.par(image, maps)
-        for samples, image, cams, draws in parts:
-            # PAR sees the crop before colour jitter, the network after it (decision 24)
-            image, cams, _ = data.crop(image, cams, draws, args.crop, network.vit.patch_size)
-            seen = normalise(data.augment(image, draws))                          # (b, 3, H, W), in fp32
-            with self.low_precision():
-                features = network.features(seen)                                 # (b, D, h, w), twice
-                teacher = None                            # (b, N, h, w) logits once the teacher takes part
-                if teacher_age(args, epoch) is not None:
-                    teacher = network.decode(network.teacher, features, self.rates(epoch))[0].float()
-            label, foreground = pseudo_label(cams, teacher, refine, args.teacher_weight,
-                                             self.source.background, args.background,
-                                             args.cam_scale == "image")           # (b, H, W) each
-            out.append((samples, features, label, foreground))
-            counts += pixel_counts(label, foreground, self.thing)
-        return out, counts
-
-    def learn(self, parts, counts, epoch):
-        """Fig. 2, bottom: losses and gradients of the parts, summed over all processes; one optimizer step.
-
-        parts   of `pseudo_labels`; counts (4,) of the whole batch: with them the parts' losses add up to the
-                batch's (losses.py), so that cutting it differently changes nothing
-        returns {"seg", "ce", "un", "cls", "all"} of the batch
-        raises  FloatingPointError, on all processes, if a loss or gradient is not finite; nothing has moved
-        """
-        args, network = self.args, self.network
-        permutation, alpha, age = None, 0.0, teacher_age(args, epoch)
-        if age is not None:                               # one for the whole batch, the same on every process
-            rng = np.random.default_rng((args.seed, epoch, self.run["step"]))
-            permutation = torch.from_numpy(rng.permutation(len(self.source.names))).to(self.device)
-            alpha = permutation_weight(age)
-        torch.manual_seed(args.seed + 1009 * self.run["step"] + 31 * RANK)        # only dropout draws from it
-        values = torch.zeros(5, device=self.device)
-        self.optimizer.zero_grad()
-        for _, features, label, foreground in parts:
-            with self.low_precision():
-                logits, class_embeddings = network.decode(network.student, features, self.rates(epoch))
-            loss = dmsa_losses(self.upsample(logits.float()), class_embeddings.float(), label, foreground,
-                               counts, self.thing, args.lambdas, self.source.background, permutation, alpha)
-            loss["all"].backward()
-            values += torch.stack([v.detach() for v in loss.values()])
-        # counts are global: the sum over processes is the mean over the batch
-        sums = summed(torch.cat([p.grad.flatten() for p in self.params] + [values]))
-        *gradients, values = sums.split([p.numel() for p in self.params] + [5])  # flat, as in params
-        values = dict(zip(loss, values.tolist()))
-        if not sums.sum().isfinite():                     # NaN and infinity reach a sum
-            wrong = not_finite(values, gradients, network.student)
-            names = [str(self.source.ids[s % len(self.source)]) for part in parts for s in part[0]]
-            raise FloatingPointError(f"step {self.run['step'] + 1}: {wrong} not finite; the first samples of "
-                                     f"process {RANK}: {', '.join(names[:8])}; the last checkpoint is kept")
-        for p, gradient in zip(self.params, gradients):
-            p.grad = gradient.view_as(p).clamp_(-1, 1)                            # as TransFGU
-        self.optimizer.step()
-        if args.teacher == "ema":
-            network.teacher.update_parameters(network.student)
-        return values
-
-    def score(self, images, labels, epoch):
-        """Scores of the student on val with this epoch's rates; keeps the cluster -> class assignment."""
-        self.network.eval()
-        total = evaluate(self.network, images, labels, self.rates(epoch), RANK, WORLD)  # (N, N), our share
-        self.network.train()
-        result = scores(summed(total.to(self.device)).cpu())
-        self.run["assignment"] = result["assignment"].tolist()
-        return {"miou": result["miou"], "accuracy": result["accuracy"], **self.run["cam"],
-                "clusters": result["clusters"], "entropy": result["entropy"]}
-
-    def checkpoint(self):
-        """All that resuming, predicting and explaining need: tensors and plain values."""
-        epoch = max(1, self.run["epoch"] + (self.run["position"] > 0))
-        return self.run | {
-            "args": vars(self.args), "names": self.source.names, "background": self.source.background,
-            "centroids": self.centroids,
-            "rates": list(self.rates(epoch)), "teacher_on": teacher_age(self.args, epoch) is not None,
-            "vit": self.network.vit.state_dict(), "student": self.network.student.state_dict(),
-            "teacher": self.network.teacher.state_dict(), "optimizer": self.optimizer.state_dict()}
-
-    def save(self, *names):
-        """Write checkpoints on the first process; if that fails, all leave together with RunError."""
-        error = ""
-        if RANK == 0:
-            try:
-                for name in names:
-                    save(self.checkpoint(), Path(self.args.out) / name)
-            except RunError as failure:
-                error = str(failure)
-        if summed(torch.tensor(len(error), device=self.device)).item():
-            raise RunError(error or "the first process could not write the checkpoint")
-
-
-def not_finite(values, gradients, student):
-    """Names of the losses, or else of the gradients, that are not finite."""
-    wrong = [name for name, value in values.items() if not math.isfinite(value)]
-    named = zip(student.named_parameters(), gradients)
-    wrong = wrong or ["gradient of " + name for (name, _), g in named if not g.isfinite().all()]
-    return ", ".join(wrong[:3])
-
-
-def score_cam(args, source, maps, labels, device):
+def score_cam(args, source, cams, labels, device):
     """mIoU and accuracy of the coarse labels on val before any training; prints the trivial answer's too."""
-    total = torch.zeros(len(source.names), len(source.names), dtype=torch.int64)
+    N = len(source.names)
+    total = torch.zeros(N, N, dtype=torch.int64)
     for group in groups(len(labels), RANK, WORLD):
-        cams = torch.from_numpy(maps[group.start:group.stop].astype(np.float32)).to(device)   # (b, K, h, w)
-        probabilities = cam_probabilities(cams, source.background, args.background, scaled=True)
-        masks = F.interpolate(probabilities, size=labels.shape[1:], mode="bilinear").argmax(1)  # (b, S, S)
-        total += confusion_matrix(labels[group.start:group.stop], masks.cpu(), len(source.names))
-    total = summed(total.to(device)).cpu()
-    coarse, trivial = scores(total), torch.zeros_like(total)
+        maps = torch.from_numpy(cams[group.start:group.stop]).to(device).float()  # (b, K, h, w)
+        masks = with_background(maps, args.background) if source.background else maps             # (b, N, h, w)
+        masks = F.interpolate(masks, size=labels[0].shape, mode="bilinear").argmax(1)             # (b, S, S)
+        total += confusion_matrix(labels[group.start:group.stop], masks.cpu(), N)
+    total = all_reduce_sum(total.to(device)).cpu()
+    trivial = torch.zeros_like(total)
     trivial[:, 0] = total.sum(1)                          # all pixels predicted as one cluster
-    trivial = scores(trivial)
-    say(f"CAM labels on val: mIoU {coarse['miou']:.2f} accuracy {coarse['accuracy']:.2f}; "
-        f"all pixels as the most frequent class: mIoU {trivial['miou']:.2f} "
-        f"accuracy {trivial['accuracy']:.2f}")
+    coarse, trivial = scores(total), scores(trivial)
+    print0(f"CAM labels on val: mIoU {coarse['miou']:.2f} accuracy {coarse['accuracy']:.2f}; all pixels as the "
+           f"most frequent class: mIoU {trivial['miou']:.2f} accuracy {trivial['accuracy']:.2f}")
     return {"cam_miou": coarse["miou"], "cam_accuracy": coarse["accuracy"]}
 
 
-def open_log(out, state):
-    """log.jsonl without the lines after the checkpoint, which will be written again."""
-    log = out / "log.jsonl"
+def open_log(out, epoch):
+    """A function that appends records to log.jsonl, from which it first takes the lines after `epoch`."""
+    file = out / "log.jsonl"
+    lines = file.read_text().splitlines(True) if RANK == 0 and file.exists() else []
+    whole = [line for line in lines if line.endswith("\n")]                       # a kill may cut the last
+
+    def log(record):
+        if RANK == 0:
+            with open(file, "a") as f:
+                f.write(json.dumps(record) + "\n")
+
     if RANK == 0:
-        lines = log.read_text().splitlines(True) if state and log.exists() else []
-        whole = [line for line in lines if line.endswith("\n")]                   # a kill may cut the last
-        part = Path(f"{log}.part")
-        part.write_text("".join(line for line in whole if json.loads(line)["step"] <= state["step"]))
-        part.replace(log)
+        write_whole(file, "".join(line for line in whole if json.loads(line)["epoch"] <= epoch).encode())
     return log
 
 
@@ -697,145 +570,318 @@ def speed(args, device, steps, seconds, waited):
             "peak_gb": peak / 1e9}
 
 
-def train(args, device, stop):
-    """The whole run: prepare, loop, evaluate, save. Returns the number of the signal that ended it, or 0."""
-    out = Path(args.out)
-    state = resume(args, out)
-    step = state["step"] if state else 0
-    seen, squares = summed(torch.tensor([step, step ** 2], device=device)).tolist()
-    if seen ** 2 != WORLD * squares:                      # only of equal numbers
-        raise RunError(f"{out}: not the same on all machines: they must share this folder")
-    if state and state["epoch"] >= args.epochs and (out / "curves.png").exists():
-        say(f"{out}: this run is finished ({state['epoch']} epochs); raise --epochs to go on, "
-            f"or use another --out")
-        return 0
-    sources = open_data(args)
-    source, steps = sources["train"], len(sources["train"]) * args.repeat // args.batch
-    loaded = backbone(args.backbone, args.weights) if LOCAL == 0 else None        # one a machine fetches
-    wait()
-    vit, weights, digest = loaded or backbone(args.backbone, args.weights)
-    say(f"{args.backbone}: {weights}, SHA-256 {digest}")
-    if state and any(not torch.equal(value, state["vit"][name]) for name, value in vit.state_dict().items()):
-        raise RunError(f"{out}/last.pt: begun with other weights than {weights}: give the same ones again, "
-                       f"or use another --out")
-    vit = vit.to(device).eval().requires_grad_(False)
-    # up to here nothing took long; from here on everything that is computed is kept
-    images, labels, maps, centroids = prepare(args, sources, vit, digest, device)
-    if state and not torch.equal(centroids, state["centroids"]):                  # a cache was deleted
-        raise RunError(f"{out}/last.pt: begun with other clusters; k-means gives the same ones again only on "
-                       f"the same machine, with as many threads; go on there, or use another --out")
-    trainer, log = Trainer(args, vit, source, centroids, device, state), open_log(out, state)
-    run = trainer.run
-    if state:
-        say(f"{out}: going on after epoch {run['epoch']}, step {run['step']}")
-    if labels is not None and not run["cam"]:
-        run["cam"] = score_cam(args, source, maps["val"], labels, device)
-
-    stop.finish_step = True                               # a signal now ends the step, saves, and leaves
-    for epoch in range(run["epoch"] + 1, args.epochs + 1):           # Table 1 counts from 1
-        first, begin, waited = run["position"], time.time(), 0.0
-        if args.teacher == "reset" and teacher_age(args, epoch) == 0 and first == 0:
-            trainer.replace_teacher()
-        for position, parts, seconds in batches(args, images["train"], maps["train"], epoch, first, device):
-            # for all parts first: the means of the losses need the pixels of the whole batch
-            parts, counts = trainer.pseudo_labels(parts, epoch)      # Fig. 2, top
-            counts, ended_by = stop.summed(counts)
-            losses = trainer.learn(parts, counts, epoch)             # Fig. 2, bottom; Eq. 6
-            run["step"], run["position"], waited = run["step"] + 1, position + 1, waited + seconds
-            run["sums"] = {name: run["sums"].get(name, 0.0) + value for name, value in losses.items()}
-            record = {"epoch": epoch, "step": run["step"], **losses, "rates": list(trainer.rates(epoch)),
-                      "lr": args.lr}
-            if position == steps - 1:
-                record |= speed(args, device, steps - first, time.time() - begin, waited)
-                if labels is not None:
-                    record |= trainer.score(images["val"], labels, epoch)
-            if RANK == 0:
-                with open(log, "a") as f:
-                    f.write(json.dumps(record) + "\n")
-            if ended_by and position < steps - 1:
-                trainer.save("last.pt")
-                return ended_by
-        means = "  ".join(f"{name} {value / steps:.4f}" for name, value in run["sums"].items())
-        run["epoch"], run["position"], run["sums"], names = epoch, 0, {}, ["last.pt"]
-        if labels is not None:
-            run["last"] = {name: record[name] for name in ("epoch", "miou", "accuracy")}
-            total = lambda scored: scored["miou"] + scored["accuracy"]
-            if not run["best"] or total(run["last"]) > total(run["best"]):        # on val, as the peers
-                run["best"], names = run["last"], ["best.pt", "last.pt"]
-        trainer.save(*names)
-        shown = "" if labels is None else (f"  mIoU {record['miou']:.2f} accuracy {record['accuracy']:.2f} "
-                                           f"clusters {record['clusters']}")
-        say(f"epoch {epoch}/{args.epochs}  {means}{shown}  rates {record['rates']}  "
-            f"{record['images_per_s']:.0f} images/s  wait {100 * record['data_wait']:.0f} %  "
-            f"{record['peak_gb']:.2f} GB")
-        ended_by = ended_by or stop.summed(counts)[1]     # or while scoring
-        if ended_by and epoch < args.epochs:
-            return ended_by
-    finish(trainer, images["train" if labels is None else "val"], labels, log)
-    return 0
+def epoch_line(args, record, means):
+    scored = ""
+    if "miou" in record:
+        scored = f"mIoU {record['miou']:.2f} accuracy {record['accuracy']:.2f} clusters {record['clusters']}  "
+    return (f"epoch {record['epoch']}/{args.epochs}  " + "  ".join(f"{k} {v:.4f}" for k, v in means.items())
+            + f"  {scored}rates {record['rates']}  {record['images_per_s']:.0f} images/s  "
+              f"wait {100 * record['data_wait']:.0f} %  {record['peak_gb']:.2f} GB")
 
 
-def finish(trainer, images, labels, log):
+def draw_and_tell(trainer, images, labels):
     """panels.png, curves.png and the last words, by the first process."""
     if RANK:
         return
-    out, run = log.parent, trainer.run
+    out = Path(trainer.args.out)
     trainer.network.eval()
-    panels(trainer.network, trainer.checkpoint(), np.ascontiguousarray(images[:6]),
-           None if labels is None else np.ascontiguousarray(labels[:6]), out / "panels.png", trainer.par)
-    curves(log, out / "curves.png")
+    panels(trainer.network, checkpoint_of(trainer), images[:6], None if labels is None else labels[:6],
+           out / "panels.png")
+    curves(out / "log.jsonl", out / "curves.png")
     if labels is not None:
-        last, best = run["last"], run["best"]
-        say(f"last epoch: mIoU {last['miou']:.2f} accuracy {last['accuracy']:.2f};  "
-            f"best epoch, {best['epoch']}, chosen on val: mIoU {best['miou']:.2f} accuracy "
-            f"{best['accuracy']:.2f};  CAM labels: mIoU {run['cam']['cam_miou']:.2f}")
-    say(f"wrote {out}/: log.jsonl, last.pt, {'' if labels is None else 'best.pt, '}panels.png, curves.png")
+        last, best, coarse = (trainer.scored[name] for name in ("last", "best", "cam"))
+        print0(f"last epoch: mIoU {last['miou']:.2f} accuracy {last['accuracy']:.2f};  "
+               f"best epoch, {best['epoch']}, chosen on val: mIoU {best['miou']:.2f} accuracy "
+               f"{best['accuracy']:.2f};  CAM labels: mIoU {coarse['cam_miou']:.2f}")
+    print0(f"wrote {out}/: log.jsonl, last.pt, {'' if labels is None else 'best.pt, '}panels.png, curves.png")
+
+
+# ----------------------------------------------------------------------------
+# Checkpoints
+
+
+def checkpoint_of(trainer):
+    """All that going on, predicting and explaining need: tensors and plain values."""
+    args, network, epoch = trainer.args, trainer.network, max(1, trainer.epoch)
+    return {"epoch": trainer.epoch, "args": vars(args), "scored": trainer.scored,
+            "images": trainer.images, "weights": trainer.weights, "centroids": trainer.centroids,
+            "names": trainer.source.names, "background": trainer.source.background,
+            "assignment": trainer.assignment, "rates": list(rates_of(args, epoch)),
+            "teacher_on": teacher_age(args, epoch) is not None,
+            "vit": network.vit.state_dict(), "student": network.student.state_dict(),
+            "teacher": network.teacher.state_dict(), "optimizer": trainer.optimizer.state_dict()}
+
+
+def trainer_from(state, trainer):
+    """Put a checkpoint's state into a new Trainer."""
+    trainer.network.student.load_state_dict(state["student"])
+    trainer.network.teacher.load_state_dict(state["teacher"])
+    trainer.optimizer.load_state_dict(state["optimizer"])
+    trainer.epoch, trainer.scored, trainer.assignment = state["epoch"], state["scored"], state["assignment"]
+
+
+def save_checkpoint(trainer, name):
+    if RANK == 0:
+        buffer = io.BytesIO()                             # torch.save to a file does not name a full disk
+        torch.save(checkpoint_of(trainer), buffer)
+        write_whole(Path(trainer.args.out) / name, buffer.getbuffer())
+
+
+def resume(args):
+    """The last checkpoint of the run in --out, or None. Raises UserError if it was begun with other options."""
+    file = Path(args.out) / "last.pt"
+    state = load_checkpoint(file) if file.exists() else None
+    epoch = state["epoch"] if state else 0
+    if all_reduce_sum(torch.tensor(epoch, device=collective_device())).item() != epoch * WORLD:
+        raise UserError(f"{args.out}: not the same on all machines: they must share this folder")
+    if state:
+        # a dropped unit depends on how the batch is cut
+        may_differ = {"out", "root", "workers", "device", "epochs"} | (set() if args.dropout else {"accumulate"})
+        for name, value in vars(args).items():
+            if name not in may_differ and state["args"].get(name) != value:
+                raise UserError(f"{file}: begun with --{name.replace('_', '-')} {state['args'].get(name)}, now "
+                                f"{value}: use another --out, or the same option to go on")
+    return state
+
+
+def lock_folder(out):
+    """Make the run folder, and lock it against other runs until the process that holds the returned file ends."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = open(out / ".lock", "w")
+    except OSError as error:
+        raise UserError(f"{out}: cannot write there ({error.strerror}); choose another --out") from None
+    try:
+        if RANK == 0:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{out}: another run is writing there; wait for its end, or use another --out") from None
+    except OSError as error:                              # Lustre without flock, NFS without a lock daemon
+        print0(f"{out}: cannot be locked ({error.strerror}): see to it that no other run writes there")
+    return lock
+
+
+# ----------------------------------------------------------------------------
+# Processes and signals
+
+RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+
+
+def start_processes(device):
+    """Join the processes that torchrun started (nccl on GPUs, gloo on CPUs); returns this one's device."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine shows no GPU to torch; use --device cpu")
+    cuda = device == "cuda" or device == "auto" and torch.cuda.is_available()
+    if cuda and LOCAL_RANK >= torch.cuda.device_count():
+        raise UserError(f"process {LOCAL_RANK} of this machine has no GPU of its own "
+                        f"({torch.cuda.device_count()} here): lower --nproc_per_node")
+    if cuda:
+        torch.cuda.set_device(LOCAL_RANK)
+        torch.backends.cudnn.allow_tf32 = False           # else convolutions in "fp32" have 10 bits
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if RANK >= WORLD or WORLD > 1 and missing:
+        raise UserError(f"RANK={RANK} WORLD_SIZE={WORLD}, without {' '.join(missing) or 'a fitting WORLD_SIZE'}: "
+                        f"start several processes with torchrun; for one process unset these variables")
+    if WORLD > 1:
+        wait = threading.Timer(10, print, [f"train.py: process {RANK} waits for all {WORLD} processes, at "
+                                           f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"],
+                               dict(file=sys.stderr, flush=True))
+        wait.start()
+        try:                                              # the longest wait is for another process's k-means
+            dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=4))
+            barrier()
+        except (RuntimeError, ValueError) as error:       # a port in use, an address that does not exist
+            raise UserError(f"process {RANK}: the {WORLD} processes cannot find each other at "
+                            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} ({first_line(error)})") from None
+        finally:
+            wait.cancel()
+    return torch.device("cuda", LOCAL_RANK) if cuda else torch.device("cpu")
+
+
+def collective_device():
+    return "cuda" if dist.is_initialized() and dist.get_backend() == "nccl" else "cpu"
+
+
+def all_reduce_sum(tensor):
+    """Sum of a tensor over all processes. Raises ConnectionError if one has gone."""
+    if WORLD > 1:
+        try:
+            dist.all_reduce(tensor)
+        except RuntimeError as error:
+            raise ConnectionError(f"process {RANK}: another process is gone, and may have said why; the last "
+                                  f"checkpoint, if any, is kept ({first_line(error)})") from None
+    return tensor
+
+
+def barrier():
+    """Until all processes are here."""
+    all_reduce_sum(torch.zeros(1, device=collective_device())).item()
+
+
+@contextlib.contextmanager
+def zero_first(rank):
+    """The process whose `rank` is 0 does what is inside before the others, who find what it has left on disk."""
+    if rank:
+        barrier()
+    yield
+    if not rank:
+        barrier()
+
+
+def print0(*words):
+    if RANK == 0:
+        print(*words, flush=True)
+
+
+def first_line(error):
+    return " ".join(str(error).split())[:200]
+
+
+def end_on_signals():
+    """SIGTERM and Ctrl-C end this process in one line, at any moment, also while it waits for others.
+
+    Python runs signal handlers between two lines of Python only, and none while torch waits. But the number of
+    the signal is written to a pipe at once, and a thread of our own reads it there.
+    """
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    signal.set_wakeup_fd(write)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: None)
+
+    def watch():
+        number = os.read(read, 1)[0]
+        if RANK == 0:
+            print(f"train.py: signal {number}: the last whole epoch is kept; the same command goes on from there",
+                  file=sys.stderr, flush=True)
+        os._exit(128 + number)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+# ----------------------------------------------------------------------------
+# Options. Name: type, a tuple being choices and a list several values; least and most; help, after its unit.
+# Defaults stand in SETTINGS alone.
+
+OPTIONS = {
+    "root": (str, None, "DIR", "folder of the data sets, or of the images for --data folder"),
+    "classes": (int, (2, 254), "K", "clusters to look for, of --data folder"),
+    "backbone": (tuple(BACKBONES), None, None, "pretrained ViT"),
+    "weights": (str, None, "FILE", "weights of that backbone (default: fetched once; tiny is shipped)"),
+    "out": (str, None, "DIR", "run folder (default: runs/<data>); caches go beside it, to runs/cache"),
+    "epochs": (int, (1, None), "N", "passes over the data; one of voc takes its images 20 times"),
+    "batch": (int, (1, None), "IMAGES", "global batch, over all processes"),
+    "accumulate": (int, (1, None), "N", "parts that a process's batch is cut into; raise it if memory is short"),
+    "lr": (float, (0, 1), "X", "learning rate of Adam, constant"),
+    "size": (int, (1, None), "PIXELS", "side of the squashed image. With another than the default, crops have half "
+             "of it, and windows are cut from images twice as large. Smaller is faster and worse"),
+    "limit": (int, (1, None), "N", "use the first N images of each split (default: all)"),
+    "seed": (int, (0, 2 ** 32 - 1), "N", "of everything; for shapes also of the scenes"),
+    "workers": (int, (1, None), "N", "threads that decode images"),
+    "device": (("auto", "cpu", "cuda"), None, None, "auto: cuda if there is one"),
+    "precision": (("auto", "fp32", "bf16"), None, None,
+                  "auto: bf16 on a GPU that has it; CAM, PAR and losses stay fp32"),
+    "aspp": (("dynamic", "static", "none"), None, None,
+             "dynamic: Table 1's rates by epoch; static: DeepLabV3+'s in every epoch"),
+    "par": ([int], (1, None), "PIXELS", "dilations of PAR, AFA's are 1 2 4 8 12 24; none given: no PAR, pseudo "
+            "labels are only enlarged"),
+    "teacher": (("ema", "reset", "none"), None, None,
+                "ema: moving average; reset: TransFGU's copy and reset; none: CAM alone"),
+    "teacher_weight": (float, (0, 1), "X", "share of the teacher in the pseudo label"),
+    "teacher_start": (int, (0, None), "EPOCHS", "epochs of CAM alone before the teacher takes part"),
+    "momentum": (float, (0, 1), "M", "of the moving average"),
+    "lambdas": ([float] * 4, (0, 1e6), ("SEG", "CE", "UN", "CLS"), "weights of Eq. 6"),
+    "background": (float, (0, 1), "T", "CAM below half of it is background"),
+    "cam_scale": (("image", "crop"), None, None, "what CAM's minimum and maximum are taken of; crop is TransFGU's"),
+    "losses_at": (("crop", "patches"), None, None, "size of labels and losses without PAR; patches is TransFGU's"),
+    "jitter": ([float] * 4, (0, 1), ("B", "C", "S", "H"), "of brightness, contrast, saturation, and hue in turns"),
+    "dropout": (float, (0, 0.99), "P", "in the decoder; results then depend on the number of processes"),
+}
+
+
+def parse(argv=None):
+    """Options -> one flat namespace of plain values, every setting filled in."""
+    p = argparse.ArgumentParser(description="Train DMSA.", epilog=__doc__.split("\n\n")[1],
+                                formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p.add_argument("--data", choices=data.NAMES, default="shapes", help="data set (default: shapes)")
+    p.add_argument("--preset", choices=tuple(PRESETS), default="dmsa",
+                   help="a row of the paper's tables (default: dmsa)")
+    p.add_argument("--dry-run", action="store_true",
+                   help="check options, data and weights, print the settings, and stop")
+    for name, (kind, _, metavar, text) in OPTIONS.items():
+        defaults = {str(settings[name]) for settings in SETTINGS.values() if name in settings}
+        text += f" (default: {defaults.pop().strip('()').replace(',', '')})" if len(defaults) == 1 else ""
+        text += " (default: by --data)" if defaults else ""
+        how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind, "metavar": metavar}
+        if isinstance(kind, list):
+            how |= {"type": kind[0], "nargs": len(kind) if len(kind) > 1 else "*"}
+        p.add_argument("--" + name.replace("_", "-"), help=text, **how)
+    args = p.parse_args(argv)
+    if args.data == "folder" and not args.root:
+        p.error("--data folder: give the folder of images with --root")
+    if args.data != "folder" and args.classes is not None:
+        p.error(f"--classes: only for --data folder, {args.data} has its own")
+    # an option that was given wins over the preset, the preset over the data set's own setting
+    settings, preset = SETTINGS[args.data], PRESETS[args.preset]
+    lambdas = preset.get("lambdas", settings["lambdas"])
+    preset = preset | dict(lambdas=[own if x is None else x for x, own in zip(lambdas, settings["lambdas"])])
+    for name, value in (settings | preset).items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, list(value) if isinstance(value, tuple) else value)
+    if args.size != settings["size"]:
+        args.crop, args.bank, args.window = args.size // 2, 2 * args.size, args.size
+    args.out = args.out or os.path.join("runs", args.data)
+    for name, (_, limits, _, _) in OPTIONS.items():
+        given = getattr(args, name)
+        for value in given if isinstance(given, list) else [given]:
+            least, most = limits or (None, None)
+            if limits and value is not None and not least <= value <= (math.inf if most is None else most):
+                p.error(f"--{name.replace('_', '-')} {value}: must be "
+                        + (f"at least {least}" if most is None else f"between {least} and {most}"))
+    patch = BACKBONES[args.backbone][0]["patch_size"]
+    if args.size % 2 or args.crop % patch or args.size < 4 * patch:
+        p.error(f"--size {args.size}: half of it must be a multiple of {args.backbone}'s patch, {patch}, "
+                f"and at least {2 * patch}")
+    if args.batch < WORLD * args.accumulate:
+        p.error(f"--batch {args.batch}: fewer images than parts, {WORLD} processes x --accumulate "
+                f"{args.accumulate}; raise --batch or lower these")
+    return args
+
+
+def dry_run(args):
+    """Check options, data and weights, print the settings."""
+    state = resume(args)
+    for split, source in open_data(args, state).items():
+        print0(f"{split}: {len(source)} images")
+    frozen_vit(args, state, "cpu")
+    print0(json.dumps(vars(args), indent=1))
 
 
 def main():
-    args, stop = parse(), Stop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
-    code = 0
+    args, code = parse(), 0
+    sys.stdout.reconfigure(errors="backslashreplace")     # names of files may be in any encoding
+    end_on_signals()
     try:
-        if args.batch < WORLD * args.accumulate:
-            raise RunError(f"--batch {args.batch}: fewer images than parts, {WORLD} processes x --accumulate "
-                           f"{args.accumulate}; raise --batch or lower these")
         device = start_processes(args.device)
         if args.dry_run:
-            resume(args, Path(args.out))
-            for split, source in open_data(args).items():
-                say(f"{split}: {len(source)} images")
-            backbone(args.backbone, args.weights)
-            say(json.dumps(vars(args), indent=1))
+            dry_run(args)
         else:
-            lock = claim(Path(args.out))                  # held until this process ends
-            number = train(args, device, stop)
-            if number:
-                say(f"signal {number}: saved, the same command goes on")
-                code = 128 + number
-    except (RunError, data.DataError, WeightsError, CheckpointError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        code = 2
-    except OSError as error:                              # a full disk, mostly
-        print(f"train.py: {error.filename or args.out}: {error.strerror or error}; mend that, the same "
-              f"command goes on", file=sys.stderr)
-        code = 2
-    except (FloatingPointError, LostProcess) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        code = 1
+            lock = lock_folder(Path(args.out))            # held until this process ends
+            train(args, device)
     except torch.OutOfMemoryError as error:
-        print(f"train.py: process {RANK}: not enough GPU memory; raise --accumulate and go on with the same "
-              f"command ({str(error).splitlines()[0][:100]})", file=sys.stderr)
-        code = 2
-    except Exception:                                     # a mistake of ours; leave as below all the same
-        traceback.print_exc()
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # all is written; torch's clean-up could wait for other processes, and now and then aborts (3 of 40 runs)
-    if code or WORLD > 1:
-        os._exit(code)
+        code = data.report(f"process {RANK}: not enough GPU memory; raise --accumulate and go on with the same "
+                           f"command ({first_line(error)})")
+    except (FloatingPointError, ConnectionError) as error:  # not the user's doing
+        code = 1 if data.report(error) else 0
+    except OSError as error:                              # UserError and all that the system refuses
+        code = data.report(error)
+    finally:
+        # torch's clean-up could wait for other processes, and now and then aborts (3 of 40 runs)
+        if WORLD > 1 and sys.exc_info()[0] is None:
+            sys.stdout.flush()
+            os._exit(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":
