@@ -3,10 +3,11 @@
     image --attention of CLS--> foreground --windows--> CLS features --k-means over all images--> K centroids
     image, K centroids --gradient of cos(CLS, centroid) in the last attention--> K maps (B, K, h, w)
 
-    last_attention(), cls_feature() -> windows(), window_features() -> cluster() -> class_activation_maps() (Eq. 5)
+    last_attention() -> windows(), window_features() -> cluster() -> class_activation_maps() (Eq. 5) -> main()
 
-"The method borrowed from TransFGU" (DMSA Sec. 4.1). Nothing here is trained and no label is used. "Decision N"
-is row N of docs/decisions.md in the DMSA repository, which says what was chosen where the paper is silent.
+"The method borrowed from TransFGU" (DMSA Sec. 4.1). Nothing here is trained and no label is used.
+"Decision N" is row N of docs/decisions.md in the DMSA repository, which says what was chosen where the paper
+is silent.
 Needs torch, numpy and scipy; the ViT is an argument: any with DINO's names (prepare_tokens, patch_embed.proj,
 blocks, norm; in a block norm1, attn.qkv, attn.proj, attn.num_heads, norm2, mlp), its order of q, k, v, one
 token besides the patches, and no LayerScale. Copy this file anywhere (the picture needs pillow).
@@ -80,8 +81,8 @@ def windows(h, w, scales=THING_SCALES):
     raises   ValueError if no window fits
 
     A centre is a patch, s = int(min(h, w) * scale). So an even s gives windows of s + 1 patches, half a side
-    apart; for an odd s every other half side is no patch, and the windows have s patches and lie a side apart.
-    On 20 x 20, 40 x 40 and 80 x 80 there are 70 windows for VOC's scales, 142 for COCO's.
+    apart. For an odd s every other half side falls between patches: the windows have s patches and lie a side
+    apart. On 20 x 20, 40 x 40 and 80 x 80 there are 70 windows for VOC's scales, 142 for COCO's.
     """
     boxes = []
     for s in (int(min(h, w) * scale) for scale in scales):

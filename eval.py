@@ -2,20 +2,21 @@
 
     python eval.py runs/voc/best.pt --data voc                     # per-class IoU, mIoU, accuracy, assignment
     python eval.py runs/voc/best.pt --native --par                 # at the images' own size, refined by PAR
-    python eval.py runs/voc/best.pt --predict photos --out masks   # NAME_mask.png and NAME_overlay.png of each
+    python eval.py runs/voc/best.pt --predict photos --out masks   # NAME_mask.png, NAME_overlay.png of each
     python eval.py runs/voc/best.pt --explain photo.jpg            # every stage of Fig. 2 for one photograph
     python eval.py A.pt --compare B.pt C.pt --predict photos       # checkpoints side by side (Figs. 3 and 4)
 
     confusion_matrix() -> hungarian() -> scores() -> checkpoint, network, masks -> pictures -> the program
 
 Clusters have no names. An assignment of clusters to classes, one to one, is found on the labelled split so
-that most pixels are right (Hungarian matching), and only then is anything scored. This is TransFGU's protocol;
-"decision N" is row N of docs/decisions.md, and this is decision 20.
+that most pixels are right (Hungarian matching), and only then is anything scored. This is TransFGU's protocol
+(decision 20, which is row 20 of docs/decisions.md).
 """
 
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,7 +34,7 @@ from model import BACKBONES, DMSA, VisionTransformer, normalise, read_tensors
 from par import PAR
 
 GROUP = 16                                                # images of one forward pass
-MOST = 1024                                               # pixels a side of what is computed for one photograph
+MOST = 1024                                               # pixels a side of what a photograph is computed at
 
 
 # ----------------------------------------------------------------------------
@@ -74,16 +75,17 @@ def scores(confusion):
     """
     confusion = np.asarray(confusion)
     if not confusion.any():
-        raise UserError("no labelled pixel: the labels hold nothing but void (255); check the folder of labels")
+        raise UserError("no labelled pixel: the labels are nothing but void (255); check their folder")
     assignment = hungarian(confusion)
-    matched = np.zeros_like(confusion)                    # IoU needs truth and prediction on one axis of classes
-    matched[:, assignment] = confusion                    # columns now are classes
+    matched = np.zeros_like(confusion)
+    matched[:, assignment] = confusion                    # columns are classes now, as rows are
     right, union = np.diag(matched), matched.sum(0) + matched.sum(1) - np.diag(matched)
     iou = 100 * np.divide(right, union, out=np.full(len(union), np.nan), where=union > 0)
     share = confusion.sum(0) / confusion.sum()            # (n,) of each cluster in the prediction
     entropy = -(share[share > 0] * np.log(share[share > 0])).sum() / np.log(len(share))
-    return {"miou": float(np.nanmean(iou)), "accuracy": float(100 * right.sum() / confusion.sum()), "iou": iou,
-            "assignment": assignment, "clusters": int((share > 0).sum()), "entropy": float(abs(entropy))}
+    return {"miou": float(np.nanmean(iou)), "accuracy": float(100 * right.sum() / confusion.sum()),
+            "iou": iou, "assignment": assignment,
+            "clusters": int((share > 0).sum()), "entropy": float(abs(entropy))}
 
 
 # ----------------------------------------------------------------------------
@@ -111,10 +113,10 @@ def restore(checkpoint):
 
 
 @torch.no_grad()
-def segment(network, image, rates, mask_size, par=None):
+def segment(network, rates, image, mask_size, par=None):
     """Cluster of every pixel by the student: uint8 (B, H, W, 3) -> uint8 (B, *mask_size).
 
-    mask_size   (rows, columns) that the logits are enlarged to before the arg max
+    rates       of ASPP; mask_size: (rows, columns) that the logits are enlarged to before the arg max
     par         a PAR that refines the probabilities there
     """
     image = data.to_float(image, network.vit.cls_token.device)                    # (B, 3, H, W)
@@ -132,21 +134,19 @@ def groups(n, rank=0, world=1):
     return [range(start, min(start + GROUP, n)) for start in starts]
 
 
-def evaluate(network, labelled, rates, par=None):
-    """Confusion matrix (N, N) of all pairs in `labelled`: images (b, H, W, 3) and labels (b, H', W'), uint8.
+def evaluate(labelled, predict, n):
+    """Confusion matrix (n, n) of all pairs in `labelled`: what `predict` takes, and labels (b, H, W) uint8.
 
-    Masks are made at the labels' size.
+    predict   (inputs, (H, W)) -> clusters (b, H, W): `segment` with a network, or what else is scored
     """
-    N = network.student.decoder.n_classes
-    total = torch.zeros(N, N, dtype=torch.int64)
-    for images, labels in labelled:
-        masks = segment(network, images, rates, labels.shape[1:], par)            # (b, H', W')
-        total += confusion_matrix(labels, masks.cpu(), N)
+    total = torch.zeros(n, n, dtype=torch.int64)
+    for inputs, labels in labelled:
+        total += confusion_matrix(labels, predict(inputs, labels.shape[1:]).cpu(), n)
     return total
 
 
 def whole_patches(image, patch):
-    """Resize an image to whole patches, so that the ViT drops no border, and to MOST pixels a side at most."""
+    """Resize an image to whole patches, of which the ViT drops none, and to at most MOST pixels a side."""
     H, W = image.shape[:2]
     shrink = min(1, MOST / max(H, W))
     h, w = (max(patch, round(side * shrink / patch) * patch) for side in (H, W))
@@ -162,8 +162,11 @@ def segment_photograph(network, image, checkpoint, native=False, par=None):
     H, W = image.shape[:2]
     shrink = min(1, MOST / max(H, W))
     mask_size = max(1, round(H * shrink)), max(1, round(W * shrink))
-    seen = whole_patches(image, network.vit.patch_size) if native else data.squash(image, checkpoint["args"]["size"])
-    clusters = segment(network, seen[None], checkpoint["rates"], mask_size, par)[0].cpu().numpy()
+    if native:
+        seen = whole_patches(image, network.vit.patch_size)
+    else:
+        seen = data.squash(image, checkpoint["args"]["size"])
+    clusters = segment(network, checkpoint["rates"], seen[None], mask_size, par)[0].cpu().numpy()
     mask = np.array(checkpoint["assignment"], np.uint8)[clusters]
     return np.array(Image.fromarray(mask).resize((W, H), Image.NEAREST))
 
@@ -325,7 +328,8 @@ def score(network, checkpoint, args):
             yield (np.stack([data.squash(source.image(i), size) for i in group]),
                    np.stack([data.squash(source.label(i), size, "nearest") for i in group]))
 
-    result = scores(evaluate(network, labelled(), checkpoint["rates"], args.refine))
+    predict = partial(segment, network, checkpoint["rates"], par=args.refine)
+    result = scores(evaluate(labelled(), predict, len(source.names)))
     cluster_of = {int(c): k for k, c in enumerate(result["assignment"])}  # class -> cluster
     print("class                 cluster     IoU")
     for i, name in enumerate(source.names):
@@ -340,27 +344,27 @@ def score(network, checkpoint, args):
 
 
 def out_folder(args, *photographs):
-    """--out, made if it is not there; refused inside a folder of photographs, which would take masks for more."""
+    """--out, made if it is not there. Inside a folder of photographs it is refused: masks are none."""
     out = Path(args.out)
     for path in map(Path, photographs):
         folder = (path if path.is_dir() else path.parent).resolve()
         inside = out.resolve().is_relative_to(folder) and (path.is_dir() or folder != Path.cwd())
         if inside or out.resolve() == folder:
-            raise UserError(f"--out {out}: lies in the folder of the photographs, {folder}, where pictures would be "
-                            f"taken for photographs; give a folder outside it")
+            raise UserError(f"--out {out}: lies in the folder of photographs {folder}, where masks would be "
+                            f"taken for photographs; give a folder outside")
     out.mkdir(parents=True, exist_ok=True)
     return out
 
 
 def predict(network, checkpoint, args):
-    """--predict: of each image a palette PNG of class indices at its own size and an overlay; shares of classes."""
+    """--predict: of each image a palette PNG of class indices of its size, an overlay, shares of classes."""
     colours, names, found = data.palette(), checkpoint["names"], data.Folder(args.predict)
     if args.limit:
         found.limit(args.limit)
     file_of = dict(zip(found.ids, found.images))
     for i, file in zip(found.ids, found.images):
         if file_of[i] != file:
-            raise UserError(f"{file}: has the same name as {file_of[i]}, and so would their masks; rename one")
+            raise UserError(f"{file}: named like {file_of[i]}, and so would their masks be; rename one")
     out, shares = out_folder(args, *args.predict), {}
     page([], ["legend", *[""] * 5], names).save(out / "legend.png")
     for i, name in enumerate(found.ids):
@@ -374,7 +378,8 @@ def predict(network, checkpoint, args):
         picture = Image.fromarray(mask)
         picture.putpalette(colours.flatten().tolist())    # the file holds class indices, viewers show colours
         picture.save(out / f"{name}_mask.png")
-        Image.blend(Image.fromarray(image), Image.fromarray(colours[mask]), 0.5).save(out / f"{name}_overlay.png")
+        overlay = Image.blend(Image.fromarray(image), Image.fromarray(colours[mask]), 0.5)
+        overlay.save(out / f"{name}_overlay.png")
         counts = np.bincount(mask.flatten(), minlength=len(names)) / mask.size
         shares[name] = {names[c]: round(float(counts[c]), 4) for c in np.flatnonzero(counts)}
     (out / "predictions.json").write_text(json.dumps(shares, indent=1))
@@ -389,7 +394,8 @@ def compare(network, checkpoint, args):
     for file in args.compare:
         other = load_checkpoint(file)
         if other["names"] != checkpoint["names"]:
-            raise UserError(f"{file}: has other classes than {args.checkpoint}; compare checkpoints of one data set")
+            raise UserError(f"{file}: has other classes than {args.checkpoint}; compare checkpoints of one "
+                            f"data set")
         columns.append((restore(other), other))
     source = data.Folder(args.predict) if args.predict else open_split(checkpoint, args)
     rows = []
@@ -397,7 +403,8 @@ def compare(network, checkpoint, args):
         image = source.image(i)
         masks = [segment_photograph(net, image, c, args.native, args.refine) for net, c in columns]
         masks += [source.label(i)] if source.labels or isinstance(source, data.Shapes) else []
-        rows.append([data.squash(image, 160)] + [colours[data.squash(mask, 160, "nearest")] for mask in masks])
+        tiles = [colours[data.squash(mask, 160, "nearest")] for mask in masks]
+        rows.append([data.squash(image, 160), *tiles])
     titles = ["image", *(str(Path(file).with_suffix(""))[-26:] for file in [args.checkpoint, *args.compare]),
               "truth"]
     file = out_folder(args, *args.predict or ()) / "compare.png"
@@ -449,7 +456,8 @@ def parse(argv=None):
     p.add_argument("--explain", metavar="PHOTO", help="draw every stage of Fig. 2 for it: explain.png")
     p.add_argument("--compare", nargs="+", metavar="CHECKPOINT",
         help="other checkpoints to put beside this one: compare.png")
-    p.add_argument("--out", default="masks", metavar="DIR", help="folder for all that is written (default: masks)")
+    p.add_argument("--out", default="masks", metavar="DIR",
+        help="folder for all that is written (default: masks)")
     args = p.parse_args(argv)
     if args.limit is not None and args.limit < 1:
         p.error(f"--limit {args.limit}: must be at least 1")

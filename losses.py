@@ -2,11 +2,13 @@
 
     L_all = lambda_1 L_seg + lambda_2 L_CE + lambda_3 L_un + lambda_4 L_cls
 
-    min_max(), cam_probabilities(), fuse() -> pseudo_label()  (Fig. 2) -> the four losses -> dmsa_losses() (Eq. 6)
+    min_max(), cam_probabilities(), fuse() -> pseudo_label() (Fig. 2)
+    cross_entropy_loss(), segmentation_loss(), uncertainty_loss(), class_loss() -> dmsa_losses() (Eq. 6)
 
 Plain functions of logits (B, N, H, W), labels (B, H, W) and class embeddings (B, N, D). N counts every class,
-the background included where there is one (channel 0). Needs torch only: copy this file anywhere. "Decision N"
-is row N of docs/decisions.md in the DMSA repository, which says what was chosen where the paper is silent.
+the background included where there is one (channel 0). Needs torch only: copy this file anywhere.
+"Decision N" is row N of docs/decisions.md in the DMSA repository, which says what was chosen where the paper
+is silent.
 
 A batch may be spread over processes and over parts of one process. The mean over a batch is then not the mean
 of its parts' means. So every loss is a sum divided by a `count` that the caller may give: with the counts of
@@ -73,8 +75,8 @@ def pseudo_label(cam, teacher_logits, refine, teacher_weight, background=True, t
     teacher_logits  (B, N, h, w), or None before the teacher starts: CAM alone
     refine          (B, N, h, w) -> (B, N, H, W), the size of the losses: PAR with the image, or an upsampling
     background      whether class 0 is background, N = K + 1; else N = K
-    returns         label (B, H, W) int64; confident (B, H, W) bool, the pixels of L_un: those where the CAM of
-                    some class exceeds the threshold, or all pixels where there is no background
+    returns         label (B, H, W) int64; confident (B, H, W) bool, the pixels of L_un: those where the CAM
+                    of some class exceeds the threshold, or all pixels where there is no background
     """
     if background:
         confident = cam.amax(1, keepdim=True) > threshold                         # (B, 1, h, w)

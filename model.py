@@ -9,8 +9,8 @@ features, the teacher the moving average of the student (Fig. 2).
     BACKBONES -> class VisionTransformer (Eq. 2) -> load_dino(), backbone() -> class MaskTransformer (Eq. 3)
               -> class DMSA (Fig. 1) -> main()
 
-Needs torch and aspp.py: copy both anywhere. "Decision N" is row N of docs/decisions.md in the DMSA repository,
-which says what was chosen where the paper is silent.
+Needs torch and aspp.py: copy both anywhere. "Decision N" is row N of docs/decisions.md in the DMSA
+repository, which says what was chosen where the paper is silent.
 
     python model.py       # parameters and FLOPs of every backbone
 """
@@ -44,7 +44,7 @@ BACKBONES = {                                             # name: (architecture,
 
 
 class WeightsError(OSError):
-    """A file of weights that cannot be used; the message is one line: which file, what is wrong, what to do."""
+    """A file of weights that cannot be used. The message is one line: what, where, what to do."""
 
 
 # ----------------------------------------------------------------------------
@@ -196,7 +196,7 @@ def read_tensors(file):
     except OSError as error:
         raise WeightsError(f"{file}: cannot read this file ({error.strerror})") from None
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):              # DINO's script saves its args
+        with torch.serialization.safe_globals([argparse.Namespace]):              # DINO saves its options
             found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:                            # torch raises many kinds on a foreign file
         raise WeightsError(f"{file}: not a file of plain tensors, or damaged ({type(error).__name__}); "
@@ -289,8 +289,9 @@ class MaskTransformer(nn.Module):
     def forward(self, patch_tokens):
         """patch_tokens (B, hw, D) -> logits (B, N, hw), class embeddings (B, N, width) of unit length.
 
-        Eq. 3 divides z c^T by sqrt(D). Segmenter's code, followed here, makes both vectors unit length instead
-        and puts a LayerNorm over the classes (decision 7). softmax(logits, dim=1) gives the masks of Eq. 3.
+        Eq. 3 divides z c^T by sqrt(D). Segmenter's code, followed here, gives both vectors unit length
+        instead, and then puts a LayerNorm over the classes (decision 7). softmax(logits, dim=1) gives the
+        masks of Eq. 3.
         """
         x = self.proj_dec(patch_tokens)                                           # (B, hw, width)
         x = torch.cat([x, self.cls_emb.expand(len(x), -1, -1)], dim=1)            # (B, hw + N, width)
@@ -308,7 +309,7 @@ class MaskTransformer(nn.Module):
 
 
 class Head(nn.Module):
-    """What trains: ASPP and decoder. `DMSA.decode` puts them behind the frozen ViT. aspp is None without ASPP."""
+    """What trains: ASPP (None without) and decoder. `DMSA.decode` puts them behind the frozen ViT."""
 
     def __init__(self, dim, n_classes, use_aspp=True, dropout=0.0):
         super().__init__()
@@ -378,7 +379,7 @@ class DMSA(nn.Module):
         """
         m = min(1 - 1 / (step + 1), momentum)
         for teacher, student in zip(self.teacher.parameters(), self.student.parameters()):
-            teacher.lerp_(student, 1 - m)                                         # m * teacher + (1 - m) * student
+            teacher.lerp_(student, 1 - m)                 # m * teacher + (1 - m) * student
 
 
 # ----------------------------------------------------------------------------

@@ -8,8 +8,8 @@
 A run that was stopped goes on from its last whole epoch when the same command is given again. --batch is the
 global batch: the result does not depend on the number of processes but for the order of float32 sums.
 
-    settings -> method: class Trainer -> loop: train() -> what a run needs besides: data and caches, checkpoints,
-    processes, options, main()
+    settings -> the method: class Trainer -> the loop: train()
+    -> what a run needs besides: caches, data, checkpoints, processes and signals, options, main()
 """
 
 import argparse
@@ -26,6 +26,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -40,25 +41,25 @@ import cam
 import data
 from aspp import DEEPLAB_RATES, dilation_rates
 from data import UserError
-from eval import confusion_matrix, curves, evaluate, groups, load_checkpoint, panels, scores
+from eval import curves, evaluate, groups, load_checkpoint, panels, scores, segment
 from losses import dmsa_losses, min_max, permutation_weight, pixel_counts, pseudo_label, with_background
 from model import BACKBONES, DMSA, Head, VisionTransformer, backbone, normalise
 from par import PAR
 
 # ----------------------------------------------------------------------------
-# Settings. COMMON, then what each data set changes. Every name but repeat, crop, bank, window, scales and
-# intervals is an option too (OPTIONS below says what it means). "Decision N" is row N of docs/decisions.md.
+# Settings: COMMON, then what each data set changes. Most are options too, explained in OPTIONS below.
+# "Decision N", here and below, is row N of docs/decisions.md.
 
 COMMON = dict(
     root="data", classes=20, seed=0, accumulate=1, workers=4, device="auto", precision="auto",
-    backbone="vits8", size=320, crop=160,                 # pixels: side of the squashed image, of a training crop
-    scales=cam.THING_SCALES, bank=640, window=320,        # windows: sides as shares of the image; pixels of the
-                                                          # image that they are cut from, and of one as the ViT sees it
+    backbone="vits8", size=320, crop=160,                 # pixels: side of squashed images, of training crops
+    scales=cam.THING_SCALES,                              # sides of the windows, as shares of the image
+    bank=640, window=320,                                 # pixels: image they are cut from, windows resized
     batch=512, epochs=50, repeat=1, lr=1e-4,              # repeat: passes over the images that make an epoch
     lambdas=(0.1, 1.0, 0.3, 1.0),                         # of Eq. 6: seg, CE, un, cls (decision 16)
     background=0.1, teacher_weight=0.7,                   # TransFGU's threshold; decision 11
     teacher_start=5,                                      # epochs of CAM alone
-    intervals=(5, 5, 5, 5, 4, 4, 4, 4, 4, 3),             # epochs between resets of the teacher, by decade of epochs
+    intervals=(5, 5, 5, 5, 4, 4, 4, 4, 4, 3),             # epochs between resets of the teacher, by tens
     aspp="dynamic", par=(1, 2, 4, 8), teacher="ema", momentum=0.99, dropout=0.0,
     cam_scale="image", losses_at="crop", jitter=data.JITTER)
 SETTINGS = {
@@ -126,10 +127,14 @@ class Target(NamedTuple):
 
 
 class Trainer:
-    """Network and optimizer of a run, and how far it is; `pseudo_labels` and `train_step` are Fig. 2's halves."""
+    """Network, optimizer, and how far the run is. `pseudo_labels` and `train_step` are the halves of Fig. 2.
 
-    def __init__(self, args, vit, source, centroids, device):
-        self.args, self.source, self.centroids, self.device = args, source, centroids, device
+    begun   what the run was begun with: {"images": identity of each split, "weights": SHA-256 of the file of
+            the ViT's weights, "centroids": (K, D)}
+    """
+
+    def __init__(self, args, vit, source, begun, device):
+        self.args, self.source, self.begun, self.device = args, source, begun, device
         N = len(source.names)
         torch.manual_seed(args.seed)                      # the same start on every process
         self.network = DMSA(vit, N, args.aspp != "none", args.dropout).to(device).train()
@@ -138,7 +143,7 @@ class Trainer:
             {"params": [p for p in self.params if p.ndim > 1], "weight_decay": 5e-4},
             {"params": [p for p in self.params if p.ndim <= 1], "weight_decay": 0.0}], lr=args.lr)
         self.par = PAR(tuple(args.par)) if args.par else None
-        # of the losses: the crop (decision 18), or in TransFGU's row its patches. PAR's labels have the crop's
+        # labels and losses have the crop's pixels (decision 18); without PAR they may have its patches
         self.label_size = args.crop if args.par or args.losses_at == "crop" else args.crop // vit.patch_size
         first = 1 if source.background else 0             # things are the second half of L_seg (decision 13)
         self.things = torch.tensor([first <= n < first + source.things for n in range(N)], device=device)
@@ -169,8 +174,8 @@ class Trainer:
             # PAR sees the crop before colour jitter, the network after it (decision 24)
             image = data.crop(part.image, part.draws, args.crop)                  # (b, 3, H, W)
             cams = data.crop(part.cams, part.draws, args.crop // patch, "area")   # (b, K, h, w)
-            if args.cam_scale == "crop":
-                cams = min_max(cams)                      # TransFGU's; else scaled by the whole image (decision 23)
+            if args.cam_scale == "crop":                  # TransFGU's; else by the whole image (decision 23)
+                cams = min_max(cams)
             seen, teacher = normalise(data.augment(image, part.draws)), None      # (b, 3, H, W)
             with self.low_precision():
                 features = network.features(seen)                                 # (b, D, h, w), twice
@@ -216,8 +221,9 @@ class Trainer:
         *values, norm = torch.cat([values, gradient.norm()[None]]).tolist()
         values = dict(zip(loss, values))
         if not all(map(math.isfinite, (*values.values(), norm))):
-            raise FloatingPointError(f"step {step + 1}: {self.not_finite(values, gradient)} not finite; process "
-                                     f"{RANK} had {self.sample_names(targets)}; the last checkpoint is kept")
+            names = [str(self.source.ids[s % len(self.source)]) for t in targets for s in t.samples[:8]]
+            raise FloatingPointError(f"step {step + 1}: {self.not_finite(values, gradient)} not finite; "
+                                     f"process {RANK} had {', '.join(names)}; the last checkpoint is kept")
         gradient.clamp_(-1, 1)                                                    # elementwise, as TransFGU
         for p, g in zip(self.params, gradient.split([p.numel() for p in self.params])):
             p.grad = g.view_as(p)
@@ -233,19 +239,51 @@ class Trainer:
         wrong = wrong or ["gradient of " + name for (name, _), g in named if not g.isfinite().all()]
         return ", ".join(wrong[:3]) or "norm of the gradient"
 
-    def sample_names(self, targets):
-        n = len(self.source)
-        return ", ".join(str(self.source.ids[s % n]) for target in targets for s in target.samples[:8])
-
     def score(self, images, labels, epoch):
         """Scores of the student on val with this epoch's rates; keeps the cluster -> class assignment."""
         self.network.eval()
-        share = ((images[g.start:g.stop], labels[g.start:g.stop]) for g in groups(len(labels), RANK, WORLD))
-        total = evaluate(self.network, share, rates_of(self.args, epoch))         # (N, N), of our share
+        predict = partial(segment, self.network, rates_of(self.args, epoch))
+        result = scores(confusion_of(images, labels, predict, len(self.source.names), self.device))
         self.network.train()
-        result = scores(all_reduce_sum(total.to(self.device)).cpu())
         self.assignment = result["assignment"].tolist()
         return {name: result[name] for name in ("miou", "accuracy", "clusters", "entropy")}
+
+    def score_cam(self, cams, labels):
+        """Scores of the coarse labels themselves, on val; prints them, and the trivial answer's, once."""
+        def predict(maps, size):                          # (b, K, h, w) -> clusters (b, *size)
+            maps = torch.from_numpy(maps).to(self.device).float()
+            masks = with_background(maps, self.args.background) if self.source.background else maps
+            return F.interpolate(masks, size=size, mode="bilinear").argmax(1)
+
+        total = confusion_of(cams, labels, predict, len(self.source.names), self.device)
+        trivial = torch.zeros_like(total)
+        trivial[:, 0] = total.sum(1)                      # all pixels predicted as one cluster
+        coarse, trivial = scores(total), scores(trivial)
+        print0(f"CAM labels on val: mIoU {coarse['miou']:.2f} accuracy {coarse['accuracy']:.2f}; all pixels "
+               f"as the most frequent class: mIoU {trivial['miou']:.2f} accuracy {trivial['accuracy']:.2f}")
+        return {"cam_miou": coarse["miou"], "cam_accuracy": coarse["accuracy"]}
+
+    def state_dict(self):
+        """The checkpoint: all that going on, predicting and explaining need; tensors and plain values."""
+        args, network, epoch = self.args, self.network, max(1, self.epoch)
+        return self.begun | {
+            "epoch": self.epoch, "args": vars(args), "scored": self.scored, "assignment": self.assignment,
+            "names": self.source.names, "background": self.source.background,
+            "rates": list(rates_of(args, epoch)), "teacher_on": teacher_age(args, epoch) is not None,
+            "vit": network.vit.state_dict(), "student": network.student.state_dict(),
+            "teacher": network.teacher.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state):
+        self.network.student.load_state_dict(state["student"])
+        self.network.teacher.load_state_dict(state["teacher"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.epoch, self.scored, self.assignment = state["epoch"], state["scored"], state["assignment"]
+
+
+def confusion_of(inputs, labels, predict, n, device):
+    """Confusion matrix (n, n) of a split, of which every process does its share; predict as in `evaluate`."""
+    share = ((inputs[g.start:g.stop], labels[g.start:g.stop]) for g in groups(len(labels), RANK, WORLD))
+    return all_reduce_sum(evaluate(share, predict, n).to(device)).cpu()
 
 
 # ----------------------------------------------------------------------------
@@ -260,18 +298,22 @@ def train(args, device):
                       f"or use another --out")
     sources = open_data(args, state)
     vit, digest = frozen_vit(args, state, device)
-    images, labels = cached_images(args, sources), cached_labels(args, sources)
+    images = {split: cached_squashed(args, f"{split}-images", source, source.image, source.images)
+              for split, source in sources.items()}
+    val = sources.get("val")                              # of a folder there is none
+    labels = cached_squashed(args, "val-labels", val, val.label, val.labels, "nearest") if val else None
     centroids = state["centroids"] if state else cluster_windows(args, sources["train"], vit, digest, device)
-    trainer = Trainer(args, vit, sources["train"], centroids, device)
-    trainer.images, trainer.weights = {split: identity(source) for split, source in sources.items()}, digest
+    begun = {"images": {split: identity(source) for split, source in sources.items()}, "weights": digest,
+             "centroids": centroids}
+    trainer = Trainer(args, vit, sources["train"], begun, device)
     if state:
-        trainer_from(state, trainer)
+        trainer.load_state_dict(state)
         print0(f"{out}: going on after epoch {trainer.epoch}")
     else:
-        save_checkpoint(trainer, "last.pt")               # k-means is done once and for all
+        save_checkpoint(trainer, "last.pt")               # from here on k-means is not done again
     cams = cached_cams(args, sources, images, vit, digest, centroids, device)
     if labels is not None and "cam" not in trainer.scored:
-        trainer.scored["cam"] = score_cam(args, sources["val"], cams["val"], labels, device)
+        trainer.scored["cam"] = trainer.score_cam(cams["val"], labels)
     log, steps = open_log(out, trainer.epoch), len(images["train"]) * args.repeat // args.batch
 
     for epoch in range(trainer.epoch + 1, args.epochs + 1):          # Table 1 counts from 1
@@ -281,8 +323,8 @@ def train(args, device):
         loader = batches(args, images["train"], cams["train"], epoch, device)
         for step, (parts, seconds) in enumerate(loader, (epoch - 1) * steps):
             # for all parts first: the means of the losses need the pixels of the whole batch
-            targets, counts = trainer.pseudo_labels(parts, epoch)    # Fig. 2, top
-            losses = trainer.train_step(targets, all_reduce_sum(counts), epoch, step)    # bottom; Eq. 6
+            targets, counts = trainer.pseudo_labels(parts, epoch)                # Fig. 2, top
+            losses = trainer.train_step(targets, all_reduce_sum(counts), epoch, step)     # bottom; Eq. 6
             waited, total = waited + seconds, total + list(losses.values())
             record = {"epoch": epoch, "step": step + 1, **losses, "rates": list(rates_of(args, epoch)),
                       "lr": args.lr}
@@ -290,7 +332,7 @@ def train(args, device):
                 record |= speed(args, device, steps, time.time() - begin, waited)
                 if labels is not None:
                     record |= trainer.score(images["val"], labels, epoch) | trainer.scored["cam"]
-            log(record)
+            log.write(json.dumps(record) + "\n")
         trainer.epoch = epoch
         if labels is not None:
             last = trainer.scored["last"] = {name: record[name] for name in ("epoch", "miou", "accuracy")}
@@ -306,8 +348,8 @@ def train(args, device):
 def batches(args, images, cams, epoch, device):
     """This process's parts of every batch of an epoch, loaded one ahead of use.
 
-    yields  a list of `accumulate` Parts, seconds waited. A last, smaller batch is left out: it would weigh its
-            images more.
+    yields  a list of `accumulate` Parts, seconds waited. A last, smaller batch is left out: its images would
+            weigh more.
     """
     n = len(images) * args.repeat                         # sample s is image s % len(images)
     order = np.random.default_rng((args.seed, epoch)).permutation(n)
@@ -315,7 +357,8 @@ def batches(args, images, cams, epoch, device):
     def load(step):
         parts = np.array_split(order[step * args.batch:(step + 1) * args.batch], args.accumulate * WORLD)
         stack = lambda array, samples: torch.from_numpy(np.stack([array[s % len(images)] for s in samples]))
-        return [(samples, stack(images, samples), stack(cams, samples)) for samples in parts[RANK::WORLD]]
+        return [(samples, stack(images, samples), stack(cams, samples),
+                 data.draw(args.seed, epoch, samples, args.jitter)) for samples in parts[RANK::WORLD]]
 
     with ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(load, 0)
@@ -325,15 +368,15 @@ def batches(args, images, cams, epoch, device):
             waited = time.time() - begin
             ahead = pool.submit(load, step + 1)           # after the last step: an empty batch
             yield [Part(samples, data.to_float(image, device), maps.to(device).float(),
-                        data.Draws(*(d.to(device) for d in data.draw(args.seed, epoch, samples, args.jitter))))
-                   for samples, image, maps in loaded], waited
+                        data.Draws(*(numbers.to(device) for numbers in draws)))
+                   for samples, image, maps, draws in loaded], waited
 
 
 # ============================================================================
-# What a run needs besides. Whoever reads this beside the paper has now seen all of the paper's method.
-#
-# Data and caches. A cache is a folder of arrays ("shards"), each of consecutive images. A shard is written to a
-# temporary name and moved into place, so that one that is there is whole: a killed run goes on at the next one.
+# What a run needs besides. Whoever reads this file beside the paper has now seen all of the method.
+# ============================================================================
+# Caches. A cache is a folder of arrays, the shards, each for consecutive images. A shard is written to a
+# temporary name and moved into place, so that one that is there is whole: a killed run goes on at the next.
 
 SHARDS = 64                                               # of a cache at most: each keeps a file open
 VERSION = 1                                               # raise it when a cached computation changes
@@ -343,7 +386,14 @@ class Cache:
     """A cache on disk, read like an array: len(cache), cache[i], cache[a:b]."""
 
     def __init__(self, folder, bounds):
-        self.bounds, self.shards = bounds, [read_array(folder / f"{k:02}.npy") for k in range(len(bounds) - 1)]
+        self.bounds, self.shards = bounds, []
+        for file in (folder / f"{k:02}.npy" for k in range(len(bounds) - 1)):
+            if not file.exists():
+                raise UserError(f"{file}: another machine's part is not there; all must share this folder")
+            try:
+                self.shards.append(np.load(file, mmap_mode="r"))                  # reads what is asked for
+            except OSError:                               # a file system that maps no files
+                self.shards.append(np.load(file))
 
     def __len__(self):
         return self.bounds[-1]
@@ -356,17 +406,18 @@ class Cache:
 
 
 def cached(args, name, key, n, compute):
-    """The Cache of n records that `key`, all that they depend on, names; compute(range) -> records, an array.
+    """The Cache of n records; each process computes its share of the shards that are not there.
 
-    Each process computes its share of the shards that are not there.
+    key      all that the records depend on; it names the folder. compute: range of records -> array of them
     """
-    digest = hashlib.sha256(json.dumps([VERSION, key], default=str).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(json.dumps([VERSION, key]).encode()).hexdigest()[:16]
     folder = Path(args.out).parent / "cache" / f"{args.data}-{name}-{digest}"
-    bounds = np.linspace(0, n, min(n, SHARDS) + 1).round().astype(int)            # by the number of images alone
-    mine = range(RANK, len(bounds) - 1, WORLD)
-    missing, start = [k for k in mine if not (folder / f"{k:02}.npy").exists()], time.time()
+    bounds = np.linspace(0, n, min(n, SHARDS) + 1).round().astype(int)            # the same for any WORLD
+    files = [folder / f"{k:02}.npy" for k in range(len(bounds) - 1)]
+    missing = [k for k, file in enumerate(files) if k % WORLD == RANK and not file.exists()]
+    start = time.time()
     for count, k in enumerate(missing, 1):
-        write_array(folder / f"{k:02}.npy", compute(range(bounds[k], bounds[k + 1])))
+        write_array(files[k], compute(range(bounds[k], bounds[k + 1])))
         if RANK == 0 and sys.stderr.isatty():
             left = (time.time() - start) / count * (len(missing) - count)
             print(f"\r{name}: {count} of {len(missing)} shards, {left:.0f} s left ", file=sys.stderr,
@@ -375,25 +426,15 @@ def cached(args, name, key, n, compute):
     return Cache(folder, bounds)
 
 
-def read_array(file):
-    """An array on disk: mapped, so that only what is read needs memory, or read where nothing can be mapped."""
-    if not file.exists():
-        raise UserError(f"{file}: what another machine computed is not there: all machines must share {file.parent}")
-    try:
-        return np.load(file, mmap_mode="r")
-    except OSError:
-        return np.load(file)
-
-
 def write_array(file, array):
-    """As numpy.save, which does not name a full disk."""
+    """As numpy.save, which does not say when a disk is full."""
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
     write_whole(file, header.getbuffer(), np.ascontiguousarray(array))
 
 
 def write_whole(file, *pieces):
-    """Write buffers of bytes to a temporary name, then move it into place: what is at `file` is always whole."""
+    """Write bytes to a temporary name, then move them into place: what is at `file` is always whole."""
     part = file.with_name(f"{file.name}.{RANK}-{os.getpid()}.part")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -410,6 +451,10 @@ def write_whole(file, *pieces):
                         f"on") from None
 
 
+# ----------------------------------------------------------------------------
+# Data and what is computed from it once
+
+
 def identity(source):
     """What the images of a split are: [how many, digest of their names and sizes in bytes]."""
     files = [(str(i), os.path.getsize(file)) for i, file in zip(source.ids, source.images)] or source.ids
@@ -417,7 +462,7 @@ def identity(source):
 
 
 def open_data(args, state):
-    """The splits: {"train": data set, "val": data set}; a folder has no val. Raises UserError."""
+    """The splits, {"train": data set, "val": data set}; a folder has no val. `state`: as of `resume`."""
     sources = {}
     for split in ("train",) if args.data == "folder" else ("train", "val"):
         with zero_first(RANK):                            # the first process lists COCO's images for all
@@ -425,11 +470,11 @@ def open_data(args, state):
                                           cache=Path(args.out).parent / "cache")
         if args.limit:
             sources[split].limit(args.limit)
-        then, now = state["images"][split] if state else None, identity(sources[split])
-        if then and then != now:
-            raise UserError(f"{args.out}/last.pt: the images of {split} have changed: {then[0]} then, {now[0]} "
-                            f"{'others ' if then[0] == now[0] else ''}now; give the same ones again, or use "
-                            f"another --out")
+        now = identity(sources[split])
+        then = state["images"][split] if state else now
+        if then != now:
+            raise UserError(f"{args.out}/last.pt: the images of {split} have changed, {then[0]} then, "
+                            f"{now[0]} now: use another --out, or give the same images to go on")
     n = len(sources["train"]) * args.repeat
     if n < args.batch:
         raise UserError(f"--batch {args.batch}: larger than an epoch of {n} images; lower it")
@@ -437,7 +482,7 @@ def open_data(args, state):
 
 
 def frozen_vit(args, state, device):
-    """The pretrained ViT, from the checkpoint of a run that goes on, and the SHA-256 of its file."""
+    """The pretrained ViT, from the checkpoint if there is one, and the SHA-256 of the file it came from."""
     if state:
         vit, digest = VisionTransformer(**BACKBONES[args.backbone][0]), state["weights"]
         vit.load_state_dict(state["vit"])
@@ -448,117 +493,78 @@ def frozen_vit(args, state, device):
     return vit.to(device).eval().requires_grad_(False), digest
 
 
-def cached_images(args, sources):
-    """{split: Cache of squashed images (n, S, S, 3) uint8}."""
-    def read(source, shard):
-        return np.stack(list(pool.map(lambda i: data.squash(source.image(i), args.size), shard)))
+def cached_squashed(args, name, source, read, files, mode="bilinear"):
+    """Cache of read(i), image or label of `source`, squashed: (n, S, S[, 3]) uint8; files: their paths."""
+    def squashed(shard):
+        return np.stack(list(pool.map(lambda i: data.squash(read(i), args.size, mode), shard)))
 
+    key = [identity(source), [os.path.getsize(file) for file in files], args.size]
     with ThreadPoolExecutor(args.workers) as pool:
-        return {split: cached(args, f"{split}-images", [identity(source), args.size], len(source),
-                              partial(read, source)) for split, source in sources.items()}
-
-
-def cached_labels(args, sources):
-    """Cache of val's squashed labels (n, S, S) uint8, or None without."""
-    def read(shard):
-        return np.stack(list(pool.map(lambda i: data.squash(val.label(i), args.size, "nearest"), shard)))
-
-    if "val" not in sources:
-        return None
-    val = sources["val"]
-    sizes = [os.path.getsize(file) for file in val.labels]
-    with ThreadPoolExecutor(args.workers) as pool:
-        return cached(args, "val-labels", [identity(val), sizes, args.size], len(val), read)
+        return cached(args, name, key, len(source), squashed)
 
 
 def cluster_windows(args, source, vit, digest, device):
     """Windows of the training images -> CLS features, cached -> k-means, things and stuff apart: (K, D)."""
     # evenly over the list, which may be sorted
     chosen = np.linspace(0, len(source) - 1, min(len(source), BANK_IMAGES)).round().astype(int)
-    grid, kinds = args.bank // vit.patch_size, 2 if source.stuff else 1
-    shape = kinds, len(cam.windows(grid, grid, args.scales)), vit.embed_dim       # of one image
+    counts = [source.things, source.stuff] if source.stuff else [source.things]
 
-    def features(shard):
-        out = np.full((len(shard), *shape), np.nan, np.float16)                   # NaN: no such window
-        for row, i in zip(out, shard):
+    def features(shard):                                  # (M, 1 + D): kind, 0 foreground, 1 background; CLS
+        found = []
+        for i in shard:
             image = data.squash(source.image(chosen[i]), args.bank)
             image = normalise(data.to_float(image[None], device))                 # (1, 3, bank, bank)
-            found = cam.window_features(vit, image, args.window, args.scales, kinds == 2)  # (M, D), (M', D)
-            for kind in range(kinds):
-                row[kind, :len(found[kind])] = found[kind].cpu().numpy()
-        return out
+            kinds = cam.window_features(vit, image, args.window, args.scales, len(counts) == 2)
+            found += [F.pad(cls.cpu(), (1, 0), value=kind) for kind, cls in enumerate(kinds)]
+        return torch.cat(found).half().numpy()
 
     # not in the key: K and the seed, so that other numbers of clusters reuse the windows
-    key = [identity(source), digest, args.bank, args.window, args.scales, kinds, cam.COVER, cam.CLEAR, len(chosen)]
-    bank, rng = cached(args, "windows", key, len(chosen), features), np.random.default_rng(args.seed)
-    K = source.things + source.stuff
-    centroids = torch.zeros(K, vit.embed_dim, device=device)
+    key = [identity(source), digest, args.bank, args.window, args.scales, len(counts), cam.COVER, cam.CLEAR,
+           BANK_IMAGES]
+    bank = np.concatenate(cached(args, "windows", key, len(chosen), features).shards)
+    centroids = torch.zeros(sum(counts), vit.embed_dim, device=device)
     if RANK == 0:
-        found = []
-        for kind, k in enumerate((source.things, source.stuff)[:kinds]):
-            windows = np.concatenate([shard[:, kind][~np.isnan(shard[:, kind, :, 0])] for shard in bank.shards])
+        found, rng = [], np.random.default_rng(args.seed)
+        for kind, k in enumerate(counts):
+            windows = bank[bank[:, 0] == kind, 1:]                                # (M, D)
             if len(windows) < k:
-                raise UserError(f"--data {args.data}: {len(windows)} windows are too few for {k} clusters; give "
-                                f"more images, or fewer clusters")
+                raise UserError(f"--data {args.data}: {len(windows)} windows are too few for {k} clusters; "
+                                f"give more images, or fewer clusters")
             if len(windows) > BANK_WINDOWS:
                 windows = windows[np.sort(rng.choice(len(windows), BANK_WINDOWS, replace=False))]
             print0(f"k-means: {len(windows)} windows of {len(chosen)} images, {k} clusters")
             found.append(torch.from_numpy(cam.cluster(windows, k, args.seed)))
         centroids += torch.cat(found).to(device)
-    return all_reduce_sum(centroids).cpu()                # of zeros and the first process's: all have them
+    return all_reduce_sum(centroids).cpu()                # the others' are zero: now all have the first one's
 
 
 def cached_cams(args, sources, images, vit, digest, centroids, device):
     """{split: Cache of class activation maps (n, K, h, w) float16, each image's scaled to 0..1}."""
-    def maps(squashed, shard):
-        image = normalise(data.to_float(squashed[shard.start:shard.stop], device))               # (b, 3, S, S)
-        return min_max(cam.class_activation_maps(vit, image, centroids.to(device))).half().cpu().numpy()
-
-    def shard_maps(squashed, shard):                      # 16 images at once: COCO's shards have 1,800
-        return np.concatenate([maps(squashed, shard[k:k + 16]) for k in range(0, len(shard), 16)])
+    def maps(squashed, shard):                            # 16 images at once: COCO's shards have 1,800
+        found = []
+        for first in range(shard.start, shard.stop, 16):
+            image = data.to_float(squashed[first:min(first + 16, shard.stop)], device)
+            found.append(cam.class_activation_maps(vit, normalise(image), centroids.to(device)))
+        return torch.cat([min_max(cams).half().cpu() for cams in found]).numpy()
 
     # the maps depend on the images, the weights and the centroids, not on how k-means found them
     key = [args.size, digest, hashlib.sha256(centroids.numpy().tobytes()).hexdigest(), cam.KEEP_MASS]
     return {split: cached(args, f"{split}-cams", [identity(source), *key], len(source),
-                          partial(shard_maps, images[split])) for split, source in sources.items()}
+                          partial(maps, images[split])) for split, source in sources.items()}
 
 
 # ----------------------------------------------------------------------------
-# Scores of the coarse labels, log, last words
-
-
-def score_cam(args, source, cams, labels, device):
-    """mIoU and accuracy of the coarse labels on val before any training; prints the trivial answer's too."""
-    N = len(source.names)
-    total = torch.zeros(N, N, dtype=torch.int64)
-    for group in groups(len(labels), RANK, WORLD):
-        maps = torch.from_numpy(cams[group.start:group.stop]).to(device).float()  # (b, K, h, w)
-        masks = with_background(maps, args.background) if source.background else maps             # (b, N, h, w)
-        masks = F.interpolate(masks, size=labels[0].shape, mode="bilinear").argmax(1)             # (b, S, S)
-        total += confusion_matrix(labels[group.start:group.stop], masks.cpu(), N)
-    total = all_reduce_sum(total.to(device)).cpu()
-    trivial = torch.zeros_like(total)
-    trivial[:, 0] = total.sum(1)                          # all pixels predicted as one cluster
-    coarse, trivial = scores(total), scores(trivial)
-    print0(f"CAM labels on val: mIoU {coarse['miou']:.2f} accuracy {coarse['accuracy']:.2f}; all pixels as the "
-           f"most frequent class: mIoU {trivial['miou']:.2f} accuracy {trivial['accuracy']:.2f}")
-    return {"cam_miou": coarse["miou"], "cam_accuracy": coarse["accuracy"]}
+# Log and last words
 
 
 def open_log(out, epoch):
-    """A function that appends records to log.jsonl, from which it first takes the lines after `epoch`."""
-    file = out / "log.jsonl"
-    lines = file.read_text().splitlines(True) if RANK == 0 and file.exists() else []
+    """log.jsonl of the first process, open for appending; lines after `epoch` will be written again."""
+    file = out / "log.jsonl" if RANK == 0 else Path(os.devnull)
+    lines = file.read_text().splitlines(True) if file.exists() else []
     whole = [line for line in lines if line.endswith("\n")]                       # a kill may cut the last
-
-    def log(record):
-        if RANK == 0:
-            with open(file, "a") as f:
-                f.write(json.dumps(record) + "\n")
-
     if RANK == 0:
         write_whole(file, "".join(line for line in whole if json.loads(line)["epoch"] <= epoch).encode())
-    return log
+    return open(file, "a", buffering=1)                   # each line goes to the disk at once
 
 
 def speed(args, device, steps, seconds, waited):
@@ -571,21 +577,21 @@ def speed(args, device, steps, seconds, waited):
 
 
 def epoch_line(args, record, means):
-    scored = ""
+    words = [f"epoch {record['epoch']}/{args.epochs}"]
+    words += [f"{name} {value:.4f}" for name, value in means.items()]
     if "miou" in record:
-        scored = f"mIoU {record['miou']:.2f} accuracy {record['accuracy']:.2f} clusters {record['clusters']}  "
-    return (f"epoch {record['epoch']}/{args.epochs}  " + "  ".join(f"{k} {v:.4f}" for k, v in means.items())
-            + f"  {scored}rates {record['rates']}  {record['images_per_s']:.0f} images/s  "
-              f"wait {100 * record['data_wait']:.0f} %  {record['peak_gb']:.2f} GB")
+        words.append("mIoU {miou:.2f} accuracy {accuracy:.2f} clusters {clusters}".format_map(record))
+    return "  ".join(words + [f"rates {record['rates']}", f"{record['images_per_s']:.0f} images/s",
+                              f"wait {100 * record['data_wait']:.0f} %", f"{record['peak_gb']:.2f} GB"])
 
 
 def draw_and_tell(trainer, images, labels):
     """panels.png, curves.png and the last words, by the first process."""
     if RANK:
         return
-    out = Path(trainer.args.out)
+    out, files = Path(trainer.args.out), "log.jsonl, last.pt, panels.png, curves.png"
     trainer.network.eval()
-    panels(trainer.network, checkpoint_of(trainer), images[:6], None if labels is None else labels[:6],
+    panels(trainer.network, trainer.state_dict(), images[:6], None if labels is None else labels[:6],
            out / "panels.png")
     curves(out / "log.jsonl", out / "curves.png")
     if labels is not None:
@@ -593,69 +599,48 @@ def draw_and_tell(trainer, images, labels):
         print0(f"last epoch: mIoU {last['miou']:.2f} accuracy {last['accuracy']:.2f};  "
                f"best epoch, {best['epoch']}, chosen on val: mIoU {best['miou']:.2f} accuracy "
                f"{best['accuracy']:.2f};  CAM labels: mIoU {coarse['cam_miou']:.2f}")
-    print0(f"wrote {out}/: log.jsonl, last.pt, {'' if labels is None else 'best.pt, '}panels.png, curves.png")
+        files += ", best.pt"
+    print0(f"wrote {out}/: {files}")
 
 
 # ----------------------------------------------------------------------------
 # Checkpoints
 
 
-def checkpoint_of(trainer):
-    """All that going on, predicting and explaining need: tensors and plain values."""
-    args, network, epoch = trainer.args, trainer.network, max(1, trainer.epoch)
-    return {"epoch": trainer.epoch, "args": vars(args), "scored": trainer.scored,
-            "images": trainer.images, "weights": trainer.weights, "centroids": trainer.centroids,
-            "names": trainer.source.names, "background": trainer.source.background,
-            "assignment": trainer.assignment, "rates": list(rates_of(args, epoch)),
-            "teacher_on": teacher_age(args, epoch) is not None,
-            "vit": network.vit.state_dict(), "student": network.student.state_dict(),
-            "teacher": network.teacher.state_dict(), "optimizer": trainer.optimizer.state_dict()}
-
-
-def trainer_from(state, trainer):
-    """Put a checkpoint's state into a new Trainer."""
-    trainer.network.student.load_state_dict(state["student"])
-    trainer.network.teacher.load_state_dict(state["teacher"])
-    trainer.optimizer.load_state_dict(state["optimizer"])
-    trainer.epoch, trainer.scored, trainer.assignment = state["epoch"], state["scored"], state["assignment"]
-
-
 def save_checkpoint(trainer, name):
     if RANK == 0:
         buffer = io.BytesIO()                             # torch.save to a file does not name a full disk
-        torch.save(checkpoint_of(trainer), buffer)
+        torch.save(trainer.state_dict(), buffer)
         write_whole(Path(trainer.args.out) / name, buffer.getbuffer())
 
 
 def resume(args):
-    """The last checkpoint of the run in --out, or None. Raises UserError if it was begun with other options."""
+    """The last checkpoint of the run in --out, or None. Raises UserError if its options were others."""
     file = Path(args.out) / "last.pt"
     state = load_checkpoint(file) if file.exists() else None
-    epoch = state["epoch"] if state else 0
+    epoch = state["epoch"] if state else -1
     if all_reduce_sum(torch.tensor(epoch, device=collective_device())).item() != epoch * WORLD:
         raise UserError(f"{args.out}: not the same on all machines: they must share this folder")
-    if state:
-        # a dropped unit depends on how the batch is cut
-        may_differ = {"out", "root", "workers", "device", "epochs"} | (set() if args.dropout else {"accumulate"})
-        for name, value in vars(args).items():
-            if name not in may_differ and state["args"].get(name) != value:
-                raise UserError(f"{file}: begun with --{name.replace('_', '-')} {state['args'].get(name)}, now "
-                                f"{value}: use another --out, or the same option to go on")
+    may_differ = {"out", "root", "workers", "device", "epochs", "dry_run"}
+    if not args.dropout:                                  # a dropped unit depends on how a batch is cut
+        may_differ.add("accumulate")
+    for name, now in vars(args).items() if state else ():
+        then = state["args"].get(name)
+        if name not in may_differ and then != now:
+            raise UserError(f"{file}: begun with --{name.replace('_', '-')} {then}, now {now}: use another "
+                            f"--out, or the same option to go on")
     return state
 
 
 def lock_folder(out):
-    """Make the run folder, and lock it against other runs until the process that holds the returned file ends."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = open(out / ".lock", "w")
-    except OSError as error:
-        raise UserError(f"{out}: cannot write there ({error.strerror}); choose another --out") from None
+    """Make the run folder and lock it against other runs, as long as the returned file is open."""
+    out.mkdir(parents=True, exist_ok=True)
+    lock = open(out / ".lock", "w")
     try:
         if RANK == 0:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"{out}: another run is writing there; wait for its end, or use another --out") from None
+        raise UserError(f"{out}: another run is writing there; wait for it, or use another --out") from None
     except OSError as error:                              # Lustre without flock, NFS without a lock daemon
         print0(f"{out}: cannot be locked ({error.strerror}): see to it that no other run writes there")
     return lock
@@ -670,30 +655,28 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 def start_processes(device):
     """Join the processes that torchrun started (nccl on GPUs, gloo on CPUs); returns this one's device."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: this machine shows no GPU to torch; use --device cpu")
     cuda = device == "cuda" or device == "auto" and torch.cuda.is_available()
+    if cuda and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine shows no GPU to torch; use --device cpu")
     if cuda and LOCAL_RANK >= torch.cuda.device_count():
         raise UserError(f"process {LOCAL_RANK} of this machine has no GPU of its own "
                         f"({torch.cuda.device_count()} here): lower --nproc_per_node")
     if cuda:
         torch.cuda.set_device(LOCAL_RANK)
         torch.backends.cudnn.allow_tf32 = False           # else convolutions in "fp32" have 10 bits
-    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if RANK >= WORLD or WORLD > 1 and missing:
-        raise UserError(f"RANK={RANK} WORLD_SIZE={WORLD}, without {' '.join(missing) or 'a fitting WORLD_SIZE'}: "
-                        f"start several processes with torchrun; for one process unset these variables")
+    if RANK >= WORLD or WORLD > 1 and not os.environ.keys() >= {"RANK", "MASTER_ADDR", "MASTER_PORT"}:
+        raise UserError("of RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT only some are set, or they do not "
+                        "fit: start several processes with torchrun; for one process unset them")
     if WORLD > 1:
-        wait = threading.Timer(10, print, [f"train.py: process {RANK} waits for all {WORLD} processes, at "
-                                           f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"],
-                               dict(file=sys.stderr, flush=True))
+        meeting = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        note = f"train.py: process {RANK} of {WORLD} waits for all the others, at {meeting}"
+        wait = threading.Timer(5, print, [note], dict(file=sys.stderr, flush=True))
         wait.start()
         try:                                              # the longest wait is for another process's k-means
             dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=4))
-            barrier()
         except (RuntimeError, ValueError) as error:       # a port in use, an address that does not exist
-            raise UserError(f"process {RANK}: the {WORLD} processes cannot find each other at "
-                            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} ({first_line(error)})") from None
+            raise UserError(f"process {RANK}: the {WORLD} processes cannot meet at {meeting} "
+                            f"({one_line(error)})") from None
         finally:
             wait.cancel()
     return torch.device("cuda", LOCAL_RANK) if cuda else torch.device("cpu")
@@ -710,7 +693,7 @@ def all_reduce_sum(tensor):
             dist.all_reduce(tensor)
         except RuntimeError as error:
             raise ConnectionError(f"process {RANK}: another process is gone, and may have said why; the last "
-                                  f"checkpoint, if any, is kept ({first_line(error)})") from None
+                                  f"checkpoint, if any, is kept ({one_line(error)})") from None
     return tensor
 
 
@@ -721,7 +704,7 @@ def barrier():
 
 @contextlib.contextmanager
 def zero_first(rank):
-    """The process whose `rank` is 0 does what is inside before the others, who find what it has left on disk."""
+    """The process whose `rank` is 0 does what is inside first; the others then find what it left on disk."""
     if rank:
         barrier()
     yield
@@ -734,15 +717,15 @@ def print0(*words):
         print(*words, flush=True)
 
 
-def first_line(error):
+def one_line(error):
     return " ".join(str(error).split())[:200]
 
 
 def end_on_signals():
     """SIGTERM and Ctrl-C end this process in one line, at any moment, also while it waits for others.
 
-    Python runs signal handlers between two lines of Python only, and none while torch waits. But the number of
-    the signal is written to a pipe at once, and a thread of our own reads it there.
+    Python runs its signal handlers between two steps of Python code, so none while torch waits. But it writes
+    the signal's number to a pipe at once, and a thread of its own reads it there.
     """
     read, write = os.pipe()
     os.set_blocking(write, False)
@@ -753,16 +736,16 @@ def end_on_signals():
     def watch():
         number = os.read(read, 1)[0]
         if RANK == 0:
-            print(f"train.py: signal {number}: the last whole epoch is kept; the same command goes on from there",
-                  file=sys.stderr, flush=True)
+            print(f"train.py: signal {number}: the last whole epoch is kept, the same command goes on after "
+                  f"it", file=sys.stderr, flush=True)
         os._exit(128 + number)
 
     threading.Thread(target=watch, daemon=True).start()
 
 
 # ----------------------------------------------------------------------------
-# Options. Name: type, a tuple being choices and a list several values; least and most; help, after its unit.
-# Defaults stand in SETTINGS alone.
+# Options. Name: type, where a tuple is choices and a list several values; least and most; unit; help.
+# Defaults stand in SETTINGS and nowhere else.
 
 OPTIONS = {
     "root": (str, None, "DIR", "folder of the data sets, or of the images for --data folder"),
@@ -770,32 +753,32 @@ OPTIONS = {
     "backbone": (tuple(BACKBONES), None, None, "pretrained ViT"),
     "weights": (str, None, "FILE", "weights of that backbone (default: fetched once; tiny is shipped)"),
     "out": (str, None, "DIR", "run folder (default: runs/<data>); caches go beside it, to runs/cache"),
-    "epochs": (int, (1, None), "N", "passes over the data; one of voc takes its images 20 times"),
-    "batch": (int, (1, None), "IMAGES", "global batch, over all processes"),
-    "accumulate": (int, (1, None), "N", "parts that a process's batch is cut into; raise it if memory is short"),
+    "epochs": (int, (1, math.inf), "N", "passes over the data; one of voc takes its images 20 times"),
+    "batch": (int, (1, math.inf), "IMAGES", "global batch, over all processes"),
+    "accumulate": (int, (1, math.inf), "N", "parts that a process's batch is cut into, if memory is short"),
     "lr": (float, (0, 1), "X", "learning rate of Adam, constant"),
-    "size": (int, (1, None), "PIXELS", "side of the squashed image. With another than the default, crops have half "
-             "of it, and windows are cut from images twice as large. Smaller is faster and worse"),
-    "limit": (int, (1, None), "N", "use the first N images of each split (default: all)"),
+    "size": (int, (1, math.inf), "PIXELS", "side of the squashed image. If it is not the default, crops are "
+             "half as large, and the images that windows are cut from twice. Smaller is faster and worse"),
+    "limit": (int, (1, math.inf), "N", "use the first N images of each split (default: all)"),
     "seed": (int, (0, 2 ** 32 - 1), "N", "of everything; for shapes also of the scenes"),
-    "workers": (int, (1, None), "N", "threads that decode images"),
+    "workers": (int, (1, math.inf), "N", "threads that decode images"),
     "device": (("auto", "cpu", "cuda"), None, None, "auto: cuda if there is one"),
     "precision": (("auto", "fp32", "bf16"), None, None,
                   "auto: bf16 on a GPU that has it; CAM, PAR and losses stay fp32"),
     "aspp": (("dynamic", "static", "none"), None, None,
              "dynamic: Table 1's rates by epoch; static: DeepLabV3+'s in every epoch"),
-    "par": ([int], (1, None), "PIXELS", "dilations of PAR, AFA's are 1 2 4 8 12 24; none given: no PAR, pseudo "
-            "labels are only enlarged"),
+    "par": ([int], (1, math.inf), "PIXELS", "dilations of PAR; AFA's are 1 2 4 8 12 24. With no number there "
+            "is no PAR: pseudo labels are only enlarged"),
     "teacher": (("ema", "reset", "none"), None, None,
                 "ema: moving average; reset: TransFGU's copy and reset; none: CAM alone"),
     "teacher_weight": (float, (0, 1), "X", "share of the teacher in the pseudo label"),
-    "teacher_start": (int, (0, None), "EPOCHS", "epochs of CAM alone before the teacher takes part"),
+    "teacher_start": (int, (0, math.inf), "EPOCHS", "epochs of CAM alone before the teacher takes part"),
     "momentum": (float, (0, 1), "M", "of the moving average"),
     "lambdas": ([float] * 4, (0, 1e6), ("SEG", "CE", "UN", "CLS"), "weights of Eq. 6"),
     "background": (float, (0, 1), "T", "CAM below half of it is background"),
-    "cam_scale": (("image", "crop"), None, None, "what CAM's minimum and maximum are taken of; crop is TransFGU's"),
-    "losses_at": (("crop", "patches"), None, None, "size of labels and losses without PAR; patches is TransFGU's"),
-    "jitter": ([float] * 4, (0, 1), ("B", "C", "S", "H"), "of brightness, contrast, saturation, and hue in turns"),
+    "cam_scale": (("image", "crop"), None, None, "of what CAM's minimum and maximum are; crop is TransFGU's"),
+    "losses_at": (("crop", "patches"), None, None, "size of the labels without PAR; patches is TransFGU's"),
+    "jitter": ([float] * 4, (0, 1), ("B", "C", "S", "H"), "of brightness, contrast, saturation, hue"),
     "dropout": (float, (0, 0.99), "P", "in the decoder; results then depend on the number of processes"),
 }
 
@@ -809,14 +792,16 @@ def parse(argv=None):
                    help="a row of the paper's tables (default: dmsa)")
     p.add_argument("--dry-run", action="store_true",
                    help="check options, data and weights, print the settings, and stop")
-    for name, (kind, _, metavar, text) in OPTIONS.items():
-        defaults = {str(settings[name]) for settings in SETTINGS.values() if name in settings}
-        text += f" (default: {defaults.pop().strip('()').replace(',', '')})" if len(defaults) == 1 else ""
-        text += " (default: by --data)" if defaults else ""
-        how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind, "metavar": metavar}
+    flag = lambda name: "--" + name.replace("_", "-")
+    for name, (kind, _, unit, text) in OPTIONS.items():
+        defaults = {settings[name] for settings in SETTINGS.values() if name in settings}
+        if defaults:
+            shown = " ".join(map(str, np.atleast_1d(defaults.pop()))) if len(defaults) == 1 else "by --data"
+            text += f" (default: {shown})"
+        how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind, "metavar": unit}
         if isinstance(kind, list):
             how |= {"type": kind[0], "nargs": len(kind) if len(kind) > 1 else "*"}
-        p.add_argument("--" + name.replace("_", "-"), help=text, **how)
+        p.add_argument(flag(name), help=text, **how)
     args = p.parse_args(argv)
     if args.data == "folder" and not args.root:
         p.error("--data folder: give the folder of images with --root")
@@ -824,9 +809,9 @@ def parse(argv=None):
         p.error(f"--classes: only for --data folder, {args.data} has its own")
     # an option that was given wins over the preset, the preset over the data set's own setting
     settings, preset = SETTINGS[args.data], PRESETS[args.preset]
-    lambdas = preset.get("lambdas", settings["lambdas"])
-    preset = preset | dict(lambdas=[own if x is None else x for x, own in zip(lambdas, settings["lambdas"])])
     for name, value in (settings | preset).items():
+        if name == "lambdas":
+            value = [own if x is None else x for x, own in zip(value, settings["lambdas"])]
         if getattr(args, name, None) is None:
             setattr(args, name, list(value) if isinstance(value, tuple) else value)
     if args.size != settings["size"]:
@@ -835,10 +820,8 @@ def parse(argv=None):
     for name, (_, limits, _, _) in OPTIONS.items():
         given = getattr(args, name)
         for value in given if isinstance(given, list) else [given]:
-            least, most = limits or (None, None)
-            if limits and value is not None and not least <= value <= (math.inf if most is None else most):
-                p.error(f"--{name.replace('_', '-')} {value}: must be "
-                        + (f"at least {least}" if most is None else f"between {least} and {most}"))
+            if limits and value is not None and not limits[0] <= value <= limits[1]:              # also NaN
+                p.error(f"{flag(name)} {value}: must be at least {limits[0]} and at most {limits[1]}")
     patch = BACKBONES[args.backbone][0]["patch_size"]
     if args.size % 2 or args.crop % patch or args.size < 4 * patch:
         p.error(f"--size {args.size}: half of it must be a multiple of {args.backbone}'s patch, {patch}, "
@@ -858,29 +841,37 @@ def dry_run(args):
     print0(json.dumps(vars(args), indent=1))
 
 
-def main():
-    args, code = parse(), 0
-    sys.stdout.reconfigure(errors="backslashreplace")     # names of files may be in any encoding
-    end_on_signals()
+def run(args):
+    """Returns the exit code: 0, or after one line 2 for what a user can mend and 1 for what not."""
     try:
         device = start_processes(args.device)
         if args.dry_run:
             dry_run(args)
         else:
-            lock = lock_folder(Path(args.out))            # held until this process ends
-            train(args, device)
+            with lock_folder(Path(args.out)):
+                train(args, device)
+        return 0
     except torch.OutOfMemoryError as error:
-        code = data.report(f"process {RANK}: not enough GPU memory; raise --accumulate and go on with the same "
-                           f"command ({first_line(error)})")
-    except (FloatingPointError, ConnectionError) as error:  # not the user's doing
-        code = 1 if data.report(error) else 0
-    except OSError as error:                              # UserError and all that the system refuses
-        code = data.report(error)
-    finally:
-        # torch's clean-up could wait for other processes, and now and then aborts (3 of 40 runs)
-        if WORLD > 1 and sys.exc_info()[0] is None:
-            sys.stdout.flush()
-            os._exit(code)
+        return data.report(f"process {RANK}: not enough GPU memory; raise --accumulate and go on with the "
+                           f"same command ({one_line(error)})")
+    except (FloatingPointError, ConnectionError) as error:
+        data.report(error)
+        return 1
+    except OSError as error:                              # a UserError, or what the system refuses
+        return data.report(error)
+    except Exception:                                     # a mistake of ours
+        traceback.print_exc()
+        return 1
+
+
+def main():
+    args = parse()
+    sys.stdout.reconfigure(errors="backslashreplace")     # names of files may be in any encoding
+    end_on_signals()
+    code = run(args)
+    if WORLD > 1:                                         # torch's clean-up may wait for other processes, and
+        sys.stdout.flush()                                # now and then aborts (3 of 40 runs)
+        os._exit(code)
     sys.exit(code)
 
 
