@@ -1,47 +1,245 @@
-"""Data sets, label maps, and the crop that moves image, CAM and label together.
+"""Data sets, and the crop that moves image, CAM and label together.
 
 A data set is a list of images: image(i) -> uint8 (H, W, 3), label(i) -> uint8 (H, W) of class indices, 255
 void. `shapes` is rendered from a seed, VOC and COCO are read in their published layouts, `Folder` is any
 images. Needs torch, numpy and pillow: copy this file anywhere.
 
-    python data.py                                        # writes data.png: `shapes` with labels and crops
-    python data.py --check --data voc --root data         # counts, unreadable and mismatched files, by name
-    python data.py --download voc --root data             # fetches and unpacks what can be fetched
+    python data.py                       # writes data.png: scenes of `shapes`, their labels, crops of both
+    python tools/get_data.py --help      # downloads and checks VOC and COCO
+
+In this file, in this order:
+    crops and augmentation      draw -> crop -> augment: all that the method itself needs
+    reading files               open_image, open_label, squash
+    VOC, COCO, folders          class tables, then one class for each layout
+    shapes                      the renderer
 """
 
 import argparse
 import colorsys
 import contextlib
 import hashlib
-import http.client
+import json
 import math
 import os
 import stat
 import sys
-import tarfile
-import urllib.error
-import urllib.parse
-import urllib.request
 import warnings
-import zipfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
-warnings.filterwarnings("ignore", module="PIL")           # unusable files are refused below, in one line
+VOID = 255                                                # label of pixels that belong to no class
 
-VOID = 255
+
+class UserError(OSError):
+    """Something that a user can mend. The message is one line: what is wrong, where, what to do."""
+
+
+def report(error):
+    """Print a UserError, or an OSError of the system, as `PROGRAM: LINE` on stderr; returns exit code 2."""
+    line = f"{error.filename}: {error.strerror}" if error.filename else error
+    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+    return 2
+
+
+# ----------------------------------------------------------------------------
+# Crops and augmentation. Each number is drawn from (seed, epoch, sample), never from a process's own stream,
+# so that a sample looks the same in any batch, on any process, and in a run that was resumed.
+
+JITTER = (0.8, 0.8, 0.8, 0.2)                             # TransFGU's, as for ColorJitter; hue in turns
+
+
+class Draws(NamedTuple):
+    """The random numbers of B samples, each (B,) float32: four for `crop`, six for `augment`.
+
+    scale, y, x    side and top left corner of a square, in shares of the image
+    flip           1: mirrored, 0: not; grey: 1: without colour, 0: not
+    brightness, contrast, saturation    factors, 1: unchanged; hue: in turns, 0: unchanged
+    sigma          of the blur in pixels, 1 to 2; 0: no blur
+    """
+    scale: torch.Tensor
+    y: torch.Tensor
+    x: torch.Tensor
+    flip: torch.Tensor
+    brightness: torch.Tensor
+    contrast: torch.Tensor
+    saturation: torch.Tensor
+    hue: torch.Tensor
+    grey: torch.Tensor
+    sigma: torch.Tensor
+
+
+def draw(seed, epoch, samples, jitter=JITTER):
+    """The Draws of `samples`, a sequence of B integers, in one epoch.
+
+    A square of 0.4 to 1 times the image's side, anywhere in it, mirrored half the time. Then as TransFGU:
+    colour jitter with probability 0.3, grayscale 0.2, Gaussian blur 0.2 (theirs is drawn once a batch).
+
+    jitter    the largest change of brightness, contrast, saturation, and of hue in turns
+    """
+    u = np.array([np.random.default_rng((seed, epoch, int(s))).random(11) for s in samples]).reshape(-1, 11).T
+    scale, jittered, blurred = 0.4 + 0.6 * u[0], u[4] < 0.3, u[10] < 0.2
+    change = [jittered * (2 * uniform - 1) * most for uniform, most in zip(u[5:9], jitter)]
+    sigma = blurred * (1 + 5 * u[10])                     # u[10] is uniform below 0.2, so sigma in 1 to 2
+    numbers = (scale, u[1] * (1 - scale), u[2] * (1 - scale), u[3] < 0.5,
+               1 + change[0], 1 + change[1], 1 + change[2], change[3], u[9] < 0.2, sigma)
+    return Draws(*(torch.from_numpy(n.astype(np.float32)) for n in numbers))
+
+
+def crop(x, draws, size, mode="bilinear"):
+    """Cut and mirror x by the affine grid of `draws`; with the same draws, all that is cut moves alike.
+
+    x         (B, C, S, S) image, CAM or label on any grid of S x S cells; computed in the type of draws
+    size      side of the result in cells of that grid
+    mode      bilinear (images), nearest (labels), area (CAM: a cell is the mean of 2 x 2 bilinear samples)
+    returns   (B, C, size, size)
+    """
+    if mode == "area":
+        return F.avg_pool2d(crop(x, draws, 2 * size), 2)
+    scale, zero = draws.scale, torch.zeros_like(draws.scale)                      # (B,) each
+    theta = torch.stack([scale * (1 - 2 * draws.flip), zero, 2 * draws.x + scale - 1,
+                         zero, scale, 2 * draws.y + scale - 1], 1)                # in -1..1 across the image
+    grid = F.affine_grid(theta.view(-1, 2, 3), (len(theta), 1, size, size), align_corners=False)
+    return F.grid_sample(x.to(grid.dtype), grid, mode, "border", align_corners=False)
+
+
+def augment(image, draws):
+    """Colour jitter, grayscale and blur of image (B, 3, H, W) in 0..1 -> same shape and range.
+
+    Hue turns about the grey axis of RGB (torchvision's goes through HSV).
+    """
+    of_each = lambda numbers: numbers.view(-1, 1, 1, 1)   # (B,) -> (B, 1, 1, 1)
+    luma = image.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
+    image = (image * of_each(draws.brightness)).clamp(0, 1)                       # a factor of 1: unchanged
+    mean = (image * luma).sum(1, keepdim=True).mean((2, 3), keepdim=True)         # (B, 1, 1, 1)
+    image = ((image - mean) * of_each(draws.contrast) + mean).clamp(0, 1)
+    shade = (image * luma).sum(1, keepdim=True)           # (B, 1, H, W); grey is saturation 0
+    saturation = of_each(draws.saturation)
+    image = ((image - shade) * saturation * (1 - of_each(draws.grey)) + shade).clamp(0, 1)
+    angle = of_each(draws.hue) * 2 * math.pi              # Rodrigues' formula
+    cos, sin = angle.cos(), angle.sin()
+    r, g, b = image.unbind(1)
+    across = torch.stack([b - g, r - b, g - r], 1) / math.sqrt(3)                 # (B, 3, H, W)
+    image = (cos * image + sin * across + (1 - cos) * image.mean(1, keepdim=True)).clamp(0, 1)
+    edge = torch.exp(-0.5 / draws.sigma.clamp(min=1e-3) ** 2)                     # 3 x 3 Gaussian; 0: no blur
+    line = torch.stack([edge, torch.ones_like(edge), edge], 1) / (1 + 2 * edge)[:, None]
+    kernel = (line[:, :, None] * line[:, None]).repeat_interleave(3, 0)[:, None]  # (3 B, 1, 3, 3)
+    B, _, H, W = image.shape                              # every channel is a group with its own kernel
+    padded = F.pad(image, (1, 1, 1, 1), mode="reflect").reshape(1, 3 * B, H + 2, W + 2)
+    return F.conv2d(padded, kernel, groups=3 * B).view(B, 3, H, W)
+
+
+def to_float(image, device=None):
+    """uint8 (B, H, W, 3), numpy or torch -> float (B, 3, H, W) in 0..1, on `device` if given."""
+    return torch.as_tensor(image, device=device).permute(0, 3, 1, 2).float() / 255
+
+
+# ----------------------------------------------------------------------------
+# Reading files
+
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF")          # not EPS, say, which would be run as a program
 MOST_PIXELS = 89_478_485                                  # 0.3 GB decoded; up to twice that Pillow only warns
+# how a picture is turned for each EXIF orientation; 1: as it is
+TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+         4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270,
+         7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
+
+warnings.filterwarnings("ignore", module="PIL")           # unusable files are refused here, in one line
 
 
-class DataError(ValueError):
-    """Data that is missing or broken; the message is one line for people: what, where, what to do."""
+@contextlib.contextmanager
+def opened(path, what="image"):
+    """The file as a Pillow image. Whatever goes wrong with it, here or in the block, is a UserError."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):       # a pipe would never end
+            raise UserError(f"{path}: a folder, pipe or device, not a file; rename or remove it")
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise UserError(f"{path}: {image.width} x {image.height} pixels are too many for one {what}; "
+                                "shrink it")
+            yield image
+    except UserError:
+        raise
+    except Exception as error:                            # decoders raise a dozen kinds on damaged files
+        reason = ("no JPEG, PNG, BMP, WebP or TIFF" if isinstance(error, UnidentifiedImageError)
+                  else getattr(error, "strerror", None) or str(error) or type(error).__name__)
+        raise UserError(f"{path}: cannot read this {what} ({reason.splitlines()[0][:100]}); "
+                        "get it again or leave it out") from None
+
+
+def turned(image):
+    """The picture turned as its EXIF says; one whose EXIF cannot be read is left as it is."""
+    image.load()                                          # Pillow turns TIFF by itself here
+    try:
+        orientation = image.getexif().get(0x112)
+    except Exception:                                     # broken EXIF raises a dozen kinds, too
+        return image
+    return image.transpose(TURNS[orientation]) if orientation in TURNS else image
+
+
+def open_image(path, upright=False):
+    """Decode any image to RGB: uint8 (H, W, 3). Raises UserError naming the file.
+
+    upright   turn it as its EXIF says: right for one's own photographs, wrong for data sets whose masks are
+              not turned
+    """
+    with opened(path) as image:
+        if upright:
+            image = turned(image)
+        if image.mode.startswith("I"):                    # 16-bit grey, or 32-bit integers
+            values = np.asarray(image)
+            # cameras of 12 bits store 0..4095: whether 4095 is white or nearly black, the file does not say
+            if values.min() < 0 or not 4096 <= values.max() <= 65535:
+                raise UserError(f"{path}: the range of its values, {values.min()} to {values.max()}, is no "
+                                "sign of what is white; make it an 8-bit image")
+            image = Image.fromarray((values >> 8).astype(np.uint8))
+        if image.mode == "F":
+            raise UserError(f"{path}: what is white in an image of floats is not known; make it 8-bit")
+        return np.array(image.convert("RGB"))
+
+
+def open_label(path, n_values=256, colours=None):
+    """Decode a palette or grey PNG of class indices: uint8 (H, W), 255 void.
+
+    n_values  larger values (but 255) are an error
+    colours   (256, 3) uint8. If given, a value that is used must have this colour, or the grey of its number,
+              in the file's palette: a program that sorts palettes anew gives the classes other numbers
+    Raises UserError naming the file.
+    """
+    with opened(path, "label") as image:
+        if image.mode not in ("P", "L"):
+            raise UserError(f"{path}: this label is {image.mode}; "
+                            "make it an 8-bit palette or grey PNG of class indices")
+        label, used = np.array(image), np.unique(image)
+        given = np.array(image.getpalette() or []).reshape(-1, 3)                 # of the first so many values
+    unknown = used[(used >= n_values) & (used != VOID)]
+    if unknown.size:
+        raise UserError(f"{path}: label value {unknown[0]}, but this data set has only {n_values} values and "
+                        "255; correct the file, or choose another data set")
+    for value in used[used < len(given)] if colours is not None else ():
+        colour, known = given[value].tolist(), colours[value].tolist()
+        if colour not in (known, [value] * 3):
+            raise UserError(f"{path}: its palette shows label value {value} in colour {colour}, which is "
+                            f"{known} in this data set, so the classes were renumbered; get the original file")
+    return label
+
+
+def squash(image, size, mode="bilinear"):
+    """uint8 (H, W[, 3]) -> uint8 (size, size[, 3]), aspect ignored.
+
+    Bilinear without antialiasing, or nearest (TransFGU).
+    """
+    x = torch.from_numpy(np.ascontiguousarray(image))
+    x = x.permute(2, 0, 1)[None].float() if x.ndim == 3 else x[None, None].float()
+    x = F.interpolate(x, size=(size, size), mode=mode)[0]
+    return x.round().byte().permute(1, 2, 0).squeeze(2).numpy()
 
 
 # ----------------------------------------------------------------------------
@@ -78,21 +276,21 @@ STUFF27 = {
     "water": [119, 147, 154, 177, 178],
 }
 
+COCO_VALUES = 182                                         # raw ids of stuffthingmaps: things to 90, then stuff
+
 
 def coco_table(kind):
-    """256-entry table, raw stuffthingmaps id -> class.
+    """256-entry table, raw stuffthingmaps id -> class; ids that no class has are void.
 
     kind      `coco80` (things 1..80, stuff 0) or `cocostuff27` (0..26)
     """
     table = np.full(256, VOID, np.uint8)
     if kind == "coco80":
-        used = [raw for raw, name in enumerate(COCO_THINGS) if name != "-"]
-        table[used] = np.arange(1, 81)
-        table[91:182] = 0                                 # stuff
+        table[[raw for raw, name in enumerate(COCO_THINGS) if name != "-"]] = np.arange(1, 81)
+        table[len(COCO_THINGS):COCO_VALUES] = 0           # stuff
     else:
         for index, raw in enumerate(STUFF27.values()):
             table[list(raw)] = index
-    table[182:255] = 254                                  # no such ids: `open_label` refuses them
     return table
 
 
@@ -105,94 +303,20 @@ def palette(n=256):
 
 
 # ----------------------------------------------------------------------------
-# Reading files
-
-
-@contextlib.contextmanager
-def opened(path, what="image"):
-    """The file as a Pillow image; whatever goes wrong with it is a DataError naming the file."""
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):       # a pipe would never end
-            raise DataError(f"{path}: a folder, pipe or device, not a file; rename or remove it")
-        with Image.open(path, formats=FORMATS) as image:
-            if image.width * image.height > MOST_PIXELS:
-                raise DataError(f"{path}: {image.width} x {image.height} pixels are too many for one {what}; "
-                                "shrink it")
-            yield image
-    except DataError:
-        raise
-    except Exception as error:                            # decoders raise a dozen kinds on damaged files
-        raise DataError(f"{path}: cannot read this {what} ({_reason(error)}); "
-                        "get it again or leave it out") from None
-
-
-def open_image(path, upright=False):
-    """Decode any image to RGB: uint8 (H, W, 3). Raises DataError naming the file.
-
-    upright   turn it as its EXIF says (photographs of one's own); off for data sets whose masks are not
-              turned
-    """
-    with opened(path) as image:
-        if upright:
-            image = ImageOps.exif_transpose(image)
-        if image.mode == "F" or image.mode == "I" and np.asarray(image).max() > 65535:
-            raise DataError(f"{path}: its range of values is not known; make it an 8-bit image")
-        if image.mode.startswith("I;16") or image.mode == "I":                    # 16-bit grey
-            image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
-        return np.array(image.convert("RGB"))
-
-
-def open_label(path, table=None, n_classes=256):
-    """Decode a palette or grey PNG of class indices: uint8 (H, W), 255 void.
-
-    Raises DataError naming the file.
-
-    table      (256,) uint8 applied to the raw values; n_classes: values from here on (but 255) are an error
-    """
-    with opened(path, "label") as image:
-        if image.mode not in ("P", "L"):
-            raise DataError(f"{path}: this label is {image.mode}; "
-                            "make it an 8-bit palette or grey PNG of class indices")
-        raw = np.array(image)
-    label = raw if table is None else table[raw]
-    wrong = raw[(label >= n_classes) & (label != VOID)]
-    if wrong.size:
-        raise DataError(f"{path}: label value {wrong[0]} is none of the {n_classes} classes; "
-                        "correct the file, or --data")
-    return label
-
-
-def _reason(error):
-    if isinstance(error, UnidentifiedImageError):
-        return "no JPEG, PNG, BMP, WebP or TIFF"
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return text.splitlines()[0][:100]
-
-
-def squash(image, size, mode="bilinear"):
-    """uint8 (H, W[, 3]) -> uint8 (size, size[, 3]), aspect ignored.
-
-    Bilinear without antialiasing, or nearest (TransFGU).
-    """
-    x = torch.from_numpy(np.ascontiguousarray(image))
-    x = x.permute(2, 0, 1)[None].float() if x.ndim == 3 else x[None, None].float()
-    x = F.interpolate(x, size=(size, size), mode=mode)[0]
-    return x.round().byte().permute(1, 2, 0).squeeze(2).numpy()
-
-
-# ----------------------------------------------------------------------------
-# Data sets
+# Data sets on disk
 
 
 class Dataset:
-    """Images with labels on disk.
+    """Images with labels on disk. A subclass sets
 
-    Subclasses set `ids`, `images`, `labels` (paths), `names`, `things`, `stuff`.
-
-    names     class names; things, stuff: clusters of either kind, found separately
-    background  class 0 is background, no cluster
+    ids, images, labels    lists of equal length: names, and paths of the files; labels empty if there are none
+    names, things, stuff   class names; how many clusters are things and stuff, which are found separately
+    background             class 0 is background, no cluster
+    upright                images are turned as their EXIF says
+    table, n_values, colours    class of each value in the label files; see `open_label` for the other two
     """
-    table, stuff, background, upright = None, 0, True, False
+    stuff, background, upright = 0, True, False
+    table, n_values, colours = np.arange(256, dtype=np.uint8), 256, None
 
     def __len__(self):
         return len(self.ids)
@@ -202,140 +326,139 @@ class Dataset:
         self.ids, self.images, self.labels = self.ids[:n], self.images[:n], self.labels[:n]
 
     def image(self, i):
+        """uint8 (H, W, 3). Raises UserError naming the file."""
         return open_image(self.images[i], self.upright)
 
     def label(self, i):
-        """uint8 (H, W), 255 void; None without labels. Raises DataError, also if not of its image's size."""
+        """uint8 (H, W), 255 void; None without labels. Raises UserError, also if not of its image's size."""
         if not self.labels:
             return None
-        label = open_label(self.labels[i], self.table, len(self.names))
+        label = open_label(self.labels[i], self.n_values, self.colours)
         with opened(self.images[i]) as image:
             if image.size != label.shape[::-1]:
-                raise DataError(f"{self.labels[i]}: this label is {label.shape[1]} x {label.shape[0]}, "
+                raise UserError(f"{self.labels[i]}: this label is {label.shape[1]} x {label.shape[0]}, "
                                 f"its image {image.width} x {image.height}; "
                                 "get the pair again or leave it out")
-        return label
+        return self.table[label]
 
 
-def _folder(root, tried, how):
-    """The first of `tried` below root that exists; DataError otherwise."""
-    for part in tried:
-        if (Path(root) / part).is_dir():
-            return Path(root) / part
-    raise DataError(f"{Path(root) / tried[0]}: no such folder; {how}")
+def first_folder(root, candidates, advice):
+    """The first of the candidates below root that exists. Raises UserError with the advice if none does."""
+    for folder in (Path(root) / part for part in candidates):
+        if folder.is_dir():
+            return folder
+    raise UserError(f"{Path(root) / candidates[0]}: no such folder; {advice}")
 
 
 class VOC(Dataset):
     """PASCAL VOC 2012 below root, VOCdevkit or VOC2012.
 
-    `aug`: train on train_aug.txt and SegmentationClassAug.
+    aug       train on train_aug.txt and SegmentationClassAug, which have SBD's masks, too
     """
-    names, things = VOC_NAMES, 20
-    published = {"train": 1464, "val": 1449, "train_aug": 10582}
+    names, things, n_values, colours = VOC_NAMES, 20, 21, palette()
 
     def __init__(self, root="data", split="train", aug=False):
-        name, masks = (("train_aug", "SegmentationClassAug") if aug and split == "train"
-                       else (split, "SegmentationClass"))
-        how = f"get it with: python data.py --download voc --root {root}"
-        base = _folder(root, ("VOCdevkit/VOC2012", "VOC2012", "."), f"{how}, or give another --root")
-        file = base / "ImageSets" / "Segmentation" / f"{name}.txt"
+        aug = aug and split == "train"
+        advice = f"get it with: python tools/get_data.py {'voc-aug' if aug else 'voc'} --root {root}"
+        base = first_folder(root, ("VOCdevkit/VOC2012", "VOC2012", "."), f"{advice}, or give another --root")
+        file = base / "ImageSets" / "Segmentation" / f"{'train_aug' if aug else split}.txt"
         if not file.is_file():
-            raise DataError(f"{file}: no such list; " + (
-                "the augmented set (SBD) is not on VOC's host, see README, Data"
-                if name == "train_aug" else how))
+            raise UserError(f"{file}: no such list; {advice}")
         lines = file.read_text("utf-8-sig", errors="replace").splitlines()
-        # DeepLab's lists have "/JPEGImages/ID.jpg /SegmentationClassAug/ID.png", the devkit's others flags
+        # DeepLab's lists have "/JPEGImages/ID.jpg /SegmentationClassAug/ID.png", others a flag after the ID
         self.ids = [Path(line.split()[0]).name.removesuffix(".jpg") for line in lines if line.strip()]
-        self.split, ordered = name, sorted(self.ids)
-        twice = next((a for a, b in zip(ordered, ordered[1:]) if a == b), None)
-        if twice or not self.ids:
-            raise DataError(
-                f"{file}: {f'{twice} is listed twice; take one out' if twice else f'an empty list; {how}'}")
-        for part in ("JPEGImages", masks):
-            _folder(base, (part,), "see README, Data, for the layout")
-        self.images = [base / "JPEGImages" / f"{i}.jpg" for i in self.ids]
-        self.labels = [base / masks / f"{i}.png" for i in self.ids]
+        if not self.ids:
+            raise UserError(f"{file}: an empty list; {advice}")
+        name, times = Counter(self.ids).most_common(1)[0]
+        if times > 1:
+            raise UserError(f"{file}: {name} is listed twice; take one out")
+        images = first_folder(base, ("JPEGImages",), advice)
+        labels = first_folder(base, ("SegmentationClassAug" if aug else "SegmentationClass",), advice)
+        self.images = [images / f"{i}.jpg" for i in self.ids]
+        self.labels = [labels / f"{i}.png" for i in self.ids]
 
 
 class COCO(Dataset):
     """COCO 2017 with stuffthingmaps. `kind`: coco80 (background + 80) or cocostuff27 (12 things + 15 stuff).
 
     Samples are the images whose map shows at least one thing pixel. TransFGU takes those with an instance
-    annotation, which differs where every instance is hidden in the map; no json is needed here. The maps are
-    all read once, and the list is kept in `cache` (a folder) if given. An unreadable map counts as a sample,
-    so that it is named when it is used, not dropped; the list is kept only without one.
+    annotation, which differs where every instance is hidden in the map; no json is needed here. To find them
+    all maps are read once; the list is kept in `cache`, a folder, if given. An image whose map cannot be read
+    is a sample, so that it is named when it is used, not dropped; such a list is not kept.
     """
-    published = {"train": 117266, "val": 4952}
+    n_values = COCO_VALUES
 
     def __init__(self, root="data", split="train", kind="coco80", cache=None):
-        how = f"get it with: python data.py --download {kind} --root {root}"
-        images = _folder(root, (f"images/{split}2017", f"{split}2017"), how)
-        labels = _folder(root, (f"annotations/{split}2017", f"stuffthingmaps/{split}2017"), how)
-        self.split, self.table, self.background = split, coco_table(kind), kind == "coco80"
+        advice = f"get it with: python tools/get_data.py {kind} --root {root}"
+        images = first_folder(root, (f"images/{split}2017", f"{split}2017"), advice)
+        labels = first_folder(root, (f"annotations/{split}2017", f"stuffthingmaps/{split}2017"), advice)
+        self.table, self.background = coco_table(kind), kind == "coco80"
         self.names = (["background"] + [n for n in COCO_THINGS if n != "-"] if self.background
                       else list(STUFF27))
         self.things, self.stuff = (80, 0) if self.background else (12, 15)
-        self.all = sorted(p.stem for p in images.glob("*.jpg"))
-        if not self.all:
-            raise DataError(f"{images}: no .jpg images; {how}")
-        listed = None
-        if cache:
-            stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(labels.glob("*.png"))]
-            key = hashlib.sha256(repr([str(labels.resolve()), self.all, stats]).encode()).hexdigest()[:16]
-            listed = Path(cache) / f"coco-{split}-{key}.txt"
-        if listed and listed.is_file():
-            self.ids = listed.read_text().splitlines()
+        names = sorted(p.stem for p in images.glob("*.jpg"))
+        if not names:
+            raise UserError(f"{images}: no .jpg images; {advice}")
+
+        sizes = sorted((entry.name, entry.stat().st_size) for entry in os.scandir(labels))
+        key = hashlib.sha256(json.dumps([names, sizes]).encode()).hexdigest()[:16]
+        kept = Path(cache) / f"coco-{split}-{key}.json" if cache else None
+        if kept and kept.is_file():
+            self.ids = json.loads(kept.read_text())
         else:
-            def shows_thing(i):
+            def shows_thing(name):
                 try:
-                    return bool((open_label(labels / f"{i}.png") <= 90).any())
-                except DataError:
+                    return bool((open_label(labels / f"{name}.png") < len(COCO_THINGS)).any())
+                except UserError:
                     return None
             with ThreadPoolExecutor() as pool:
-                shown = list(pool.map(shows_thing, self.all))
-            self.ids = [i for i, thing in zip(self.all, shown) if thing is not False]
+                shown = list(pool.map(shows_thing, names))
+            self.ids = [name for name, thing in zip(names, shown) if thing is not False]
             if not self.ids:
-                raise DataError(f"{labels}: no map shows a thing (values 0 to 90); {how}")
-            if listed and None not in shown:
-                listed.parent.mkdir(parents=True, exist_ok=True)
-                part = listed.with_suffix(f".{os.getpid()}")
-                part.write_text("\n".join(self.ids))
-                part.replace(listed)
+                raise UserError(f"{labels}: no map shows a thing (values 0 to 90); {advice}")
+            if kept and None not in shown:
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                part = kept.with_suffix(f".{os.getpid()}")
+                part.write_text(json.dumps(self.ids))
+                os.replace(part, kept)
         self.images = [images / f"{i}.jpg" for i in self.ids]
         self.labels = [labels / f"{i}.png" for i in self.ids]
 
 
 class Folder(Dataset):
-    """Any images below a folder (or one image), without labels; `n_classes` things and a background."""
-    labels, upright = (), True
+    """Any images, without labels; `n_classes` things and a background.
+
+    root      a folder, an image, or a list of these. Subfolders are searched, links to folders are not, nor
+              is what starts with a dot, or the thumbnails of a Synology NAS. ids are relative to their root
+    """
+    upright = True
 
     def __init__(self, root, n_classes=20):
-        root = Path(root)
-        self.split, self.things = "all", n_classes
-        self.names = ["background"] + [f"cluster {k}" for k in range(1, n_classes + 1)]
-        if not root.exists():
-            raise DataError(f"{root}: no such file or folder; correct the path")
+        self.names = ["background", *(f"cluster {k}" for k in range(1, n_classes + 1))]
+        self.things = n_classes
+        self.ids, self.images, self.labels = [], [], []
+        for root in map(Path, [root] if isinstance(root, (str, os.PathLike)) else root):
+            if not root.exists():
+                raise UserError(f"{root}: no such file or folder; correct the path")
+            found = [root] if root.is_file() else self.search(root)
+            if not found:
+                raise UserError(f"{root}: no images here; give a folder with any of {' '.join(SUFFIXES)}")
+            base = root if root.is_dir() else root.parent
+            self.ids += [str(file.relative_to(base).with_suffix("")) for file in found]
+            self.images += found
 
+    @staticmethod
+    def search(root):
         def refuse(error):                                # os.walk alone would leave such a folder out
-            raise DataError(f"{error.filename}: cannot read this folder ({_reason(error)}); "
+            raise UserError(f"{error.filename}: cannot read this folder ({error.strerror}); "
                             "change its permissions")
 
-        found = [root] if root.is_file() else []
-        walk = os.walk(root, onerror=refuse) if root.is_dir() else ()             # without links to folders
-        for folder, below, files in walk:
-            below.sort()                                  # a folder named like an image is refused on use
-            found += [Path(folder) / f for f in sorted(below + files)
-                      if f.lower().endswith(SUFFIXES) and not f.startswith(".")]  # macOS adds ._NAME
-        if not found:
-            raise DataError(f"{root}: no images here; give a folder with any of {' '.join(SUFFIXES)}")
-        self.images = found
-        self.ids = [str((p.relative_to(root) if p != root else Path(p.name)).with_suffix("")) for p in found]
-        first = {}
-        twice = [(p, first[i]) for i, p in zip(self.ids, found) if first.setdefault(i, p) != p]
-        if twice:
-            more = f" (and {len(twice) - 1} more such pairs)" if twice[1:] else ""
-            raise DataError(f"{twice[0][0]}: the same name as {twice[0][1]}{more}: their predictions would "
-                            "overwrite each other; rename one")
+        found = []
+        for folder, below, files in os.walk(root, onerror=refuse):
+            below[:] = sorted(f for f in below if not f.startswith(".") and f != "@eaDir")
+            found += [Path(folder) / f for f in sorted(files)
+                      if f.lower().endswith(SUFFIXES) and not f.startswith(".")]
+        return found
 
 
 # ----------------------------------------------------------------------------
@@ -447,11 +570,9 @@ def shapes(seed, size=128):
 class Shapes(Dataset):
     """Scenes of `shapes`: 400 for training, 200 for validation; another `seed` gives other scenes of both."""
     names, things, images, labels = ["background", *SHAPES], len(SHAPES), (), ()
-    published = {"train": 400, "val": 200}
 
     def __init__(self, split="train", seed=0):
-        self.split = split
-        self.ids = [(seed, int(split == "val"), i) for i in range(self.published[split])]
+        self.ids = [(seed, int(split == "val"), i) for i in range(400 if split == "train" else 200)]
 
     def image(self, i):
         return shapes(self.ids[i])[0]
@@ -460,13 +581,20 @@ class Shapes(Dataset):
         return shapes(self.ids[i])[1]
 
 
+# ----------------------------------------------------------------------------
+
 NAMES = ("shapes", "voc", "voc-aug", "coco80", "cocostuff27", "folder")
 
 
 def dataset(name, root="data", split="train", classes=20, seed=0, cache=None):
-    """A data set by its --data name. `classes` is for folder, `seed` for shapes, `cache` for COCO."""
+    """The data set called `name`, one of NAMES. Raises UserError if it is missing or broken.
+
+    root      folder of the data set, or the images of `folder`
+    split     train or val; `folder` has no split
+    classes   clusters of `folder`; seed: of the scenes of `shapes`; cache: folder for COCO's list of samples
+    """
     if name not in NAMES:
-        raise DataError(f"{name}: no such data set; choose from {', '.join(NAMES)}")
+        raise UserError(f"{name}: no such data set; choose from {', '.join(NAMES)}")
     if name == "shapes":
         return Shapes(split, seed)
     if name in ("voc", "voc-aug"):
@@ -476,271 +604,26 @@ def dataset(name, root="data", split="train", classes=20, seed=0, cache=None):
     return COCO(root, split, name, cache)
 
 
-# ----------------------------------------------------------------------------
-# Crops and augmentation: every number is drawn from (seed, epoch, sample), never from a process's own stream
-
-
-# of brightness, contrast, saturation; hue in turns (TransFGU)
-JITTER = (0.8, 0.8, 0.8, 0.2)
-
-
-def draw(seed, epoch, sample, jitter=JITTER):
-    """The random numbers of one sample in one epoch: (10,) float32.
-
-    scale, y, x, flip: a square of 0.4 to 1.0 of the image, uniformly placed, mirrored half the time
-    brightness, contrast, saturation, hue, grey, blur: as ColorJitter(*jitter) with probability .3,
-    grayscale .2, Gaussian blur of sigma 1 to 2 with .2 (TransFGU; theirs are drawn once a batch)
-    """
-    rng = np.random.default_rng((seed, epoch, sample))
-    u = rng.random(11)
-    scale, changed = 0.4 + 0.6 * u[0], u[4] < 0.3         # side, not area, of the square
-    return np.array([scale, u[1] * (1 - scale), u[2] * (1 - scale), u[3] < 0.5,
-                     *(1 + changed * (2 * u[5:8] - 1) * jitter[:3]), changed * (2 * u[8] - 1) * jitter[3],
-                     u[9] < 0.2, (u[10] < 0.2) * (1 + 5 * u[10])], np.float32)
-
-
-def to_float(image, device=None):
-    """uint8 (B, H, W, 3), numpy or torch -> float (B, 3, H, W) in 0..1, on `device` if given."""
-    return torch.as_tensor(image, device=device).permute(0, 3, 1, 2).float() / 255
-
-
-def crop(image, cam, draws, size, patch, label=None):
-    """Cut and mirror image, CAM and label alike, by one affine grid.
-
-    image (B, 3, S, S), square (`squash`), cam (B, K, h, w), label (B, S, S) or None; draws (B, 10) of `draw`;
-    size a multiple of patch, both in pixels
-    returns  (B, 3, size, size), (B, K, size / patch, size / patch) averaged over patches, (B, size, size) or
-             None
-    """
-    scale, y, x, flip = draws[:, :4].T                                            # (B,) each
-    zero = torch.zeros_like(scale)
-    rows = [torch.stack([scale * (1 - 2 * flip), zero, 2 * x + scale - 1], 1),    # -1..1 across the image
-            torch.stack([zero, scale, 2 * y + scale - 1], 1)]
-    theta = torch.stack(rows, 1)                                                  # (B, 2, 3)
-
-    def sample(t, side, mode):
-        grid = F.affine_grid(theta, (len(t), 1, side, side), align_corners=False).to(t.dtype)
-        return F.grid_sample(t, grid, mode, "border", align_corners=False)
-
-    cam = F.avg_pool2d(sample(cam, 2 * size // patch, "bilinear"), 2)             # 2 x 2 a patch, as RoIAlign
-    if label is not None:
-        label = sample(label[:, None].float(), size, "nearest")[:, 0].to(label.dtype)  # (B, size, size)
-    return sample(image, size, "bilinear"), cam, label
-
-
-def augment(image, draws):
-    """Colour jitter, grayscale, blur of image (B, 3, H, W) in 0..1 by draws (B, 10) -> same shape and range.
-
-    Hue turns about the grey axis of RGB (torchvision's goes through HSV).
-    """
-    brightness, contrast, saturation, hue, grey, sigma = (d.view(-1, 1, 1, 1) for d in draws[:, 4:].T)
-    luma = image.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
-    image = (image * brightness).clamp(0, 1)              # a factor of 1 changes nothing
-    mean = (image * luma).sum(1, keepdim=True).mean((2, 3), keepdim=True)         # (B, 1, 1, 1)
-    image = ((image - mean) * contrast + mean).clamp(0, 1)
-    shade = (image * luma).sum(1, keepdim=True)           # (B, 1, H, W); grey is saturation 0
-    image = ((image - shade) * saturation * (1 - grey) + shade).clamp(0, 1)
-    cos, sin = (hue * 2 * math.pi).cos(), (hue * 2 * math.pi).sin()               # hue: Rodrigues' formula
-    r, g, b = image.unbind(1)
-    across = torch.stack([b - g, r - b, g - r], 1) / math.sqrt(3)                 # (B, 3, H, W)
-    image = (cos * image + sin * across + (1 - cos) * image.mean(1, keepdim=True)).clamp(0, 1)
-    edge = torch.exp(-0.5 / sigma.clamp(min=1e-3) ** 2).flatten()                 # 3 x 3 Gaussian; 0: no blur
-    line = torch.stack([edge, torch.ones_like(edge), edge], 1) / (1 + 2 * edge)[:, None]
-    kernel = (line[:, :, None] * line[:, None]).repeat_interleave(3, 0)[:, None]  # (3 B, 1, 3, 3)
-    B, _, H, W = image.shape                              # every channel is a group with its own kernel
-    padded = F.pad(image, (1, 1, 1, 1), mode="reflect").reshape(1, 3 * B, H + 2, W + 2)
-    return F.conv2d(padded, kernel, groups=3 * B).view(B, 3, H, W)
-
-
-# ----------------------------------------------------------------------------
-# Checking and downloading
-
-
-def check(data):
-    """Every problem of a data set, one line each: missing, unreadable, mismatched files."""
-    def look(i):
-        found = []
-        for read in (data.image, data.label):
-            try:
-                read(i)
-            except DataError as error:
-                found.append(str(error))
-        return dict.fromkeys(found)                       # once, though a broken image is met by both
-    with ThreadPoolExecutor() as pool:
-        return [problem for problems in pool.map(look, range(len(data))) for problem in problems]
-
-
-# name: (address, MD5 where one is published, folder below root to unpack in) of each file
-FILES = {
-    "voc": [("http://host.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
-             "6cd6e144f989b92b3379bac3b3de84fd", ".")],
-    "coco80": [("http://images.cocodataset.org/zips/train2017.zip", None, "images"),
-               ("http://images.cocodataset.org/zips/val2017.zip", None, "images"),
-               ("http://calvin.inf.ed.ac.uk/wp-content/uploads/data/cocostuffdataset/"
-                "stuffthingmaps_trainval2017.zip", None, "annotations")],
-}
-FILES["cocostuff27"] = FILES["coco80"]
-
-
-def _md5(file):
-    digest = hashlib.md5()
-    with open(file, "rb") as f:
-        while chunk := f.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def fetch(url, file, md5=None):
-    """Download to `file`, going on where an earlier try stopped, with a progress line. Returns its MD5.
-
-    Raises DataError if the host cannot be reached, sends less than it announced, or the MD5 differs.
-    """
-    part = Path(f"{file}.part")
-    have = part.stat().st_size if part.exists() else 0    # bytes of an earlier try
-    try:
-        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-        with (urllib.request.urlopen(request, timeout=60) as reply,
-              open(part, "ab" if reply.status == 206 else "wb") as out):
-            have = out.tell()                             # 0 without 206: this host starts from the beginning
-            total = have + int(reply.headers.get("Content-Length") or 0)
-            try:
-                while chunk := reply.read(1 << 20):
-                    out.write(chunk)
-                    have += len(chunk)
-                    print(f"\r{file.name}: {have >> 20} of {total >> 20} MB", end="", file=sys.stderr)
-            finally:
-                print(file=sys.stderr)
-    except urllib.error.HTTPError as error:
-        if error.code != 416 or not have:
-            raise DataError(f"{url}: {error}; give another address with --url") from None
-        whole = (error.headers.get("Content-Range") or "").rpartition("/")[2]
-        if whole.isdigit() and int(whole) != have:        # 416: nothing missing, or there never was as much
-            part.unlink()
-            raise DataError(f"{url}: has {whole} bytes, {part} had {have} and was removed; "
-                            "run the same command again") from None
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        raise DataError(f"{url}: {_reason(getattr(error, 'reason', error))}; {have >> 20} MB are kept, "
-                        "the same command goes on; another address is given with --url, "
-                        "or unpack it yourself (README, Data)") from None
-    else:
-        if have < total:
-            raise DataError(f"{url}: broke off after {have} of {total} bytes; "
-                            "the same command goes on from there")
-    digest = _md5(part)
-    if md5 and digest != md5:
-        part.unlink()
-        raise DataError(f"{url}: MD5 {digest}, expected {md5}; "
-                        "the file was removed, try again or another --url")
-    part.replace(file)
-    return digest
-
-
-def unpack(file, folder):
-    """Unpack a .tar or .zip below `folder`. Raises DataError on a damaged archive or path that leads out."""
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        if tarfile.is_tarfile(file):
-            with tarfile.open(file) as archive:
-                archive.extractall(folder, filter="data")  # refuses absolute paths, "..", links out, devices
-        else:
-            with zipfile.ZipFile(file) as archive:
-                for name in archive.namelist():
-                    if not (folder / name).resolve().is_relative_to(folder.resolve()):
-                        raise DataError(f"{file}: {name} leads out of the folder; "
-                                        "nothing was unpacked, try another --url")
-                archive.extractall(folder)
-    except DataError:
-        raise
-    except Exception as error:                            # zlib, lzma, zipfile, tarfile each have their own
-        if getattr(error, "errno", None):                 # of the disk, not of the archive
-            raise DataError(f"{file}: cannot unpack into {folder} ({_reason(error)}); mend that, "
-                            "the same command goes on") from None
-        raise DataError(f"{file}: cannot unpack ({_reason(error)}); remove it and get it again") from None
-
-
-def download(name, root, url=None):
-    """Fetch and unpack the files of data set `name` below root, or only the one at `url`.
-
-    Under the name of a published file it must have the published MD5; under another (voc only) it is taken as
-    it is.
-    """
-    if name not in FILES:
-        raise DataError(f"{name}: nothing to download; " + (
-            "VOC comes with --download voc; SegmentationClassAug and train_aug.txt (SBD) lie on file-sharing "
-            "links, see README, Data" if name == "voc-aug" else "it has no files of its own"))
-    file_name = lambda address: Path(urllib.parse.urlsplit(address).path).name
-    files = FILES[name]
-    if url:
-        names = {file_name(address): (md5, below) for address, md5, below in files}
-        if not file_name(url) or file_name(url) not in names and len(files) > 1:
-            raise DataError(f"{url}: which file is this? the address must end in {' or '.join(names)}")
-        files = [(url, *names.get(file_name(url), (None, files[0][2])))]
-    for address, md5, below in files:
-        file = Path(root) / file_name(address)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        digest = _md5(file) if file.exists() else fetch(address, file, md5)
-        if md5 and digest != md5:
-            raise DataError(f"{file}: MD5 {digest}, expected {md5}; remove it and run the same command again")
-        print(f"{file}: MD5 {digest}, {'as published' if md5 else 'nothing published to compare with'}; "
-              "unpacking")
-        unpack(file, Path(root) / below)
-
-
-# ----------------------------------------------------------------------------
-
-
-def sheet():
-    """Write data.png: scenes, their labels in colour, and three crops of each with the label cut alike."""
+def main():
+    """Write data.png: per row a scene, its label, and three crops of it with the label cut alike."""
+    argparse.ArgumentParser(description=main.__doc__, epilog="Data sets: python tools/get_data.py --help",
+                            allow_abbrev=False).parse_args()
     colour, rows = palette(), []
-    for seed in range(5):
-        image, label = shapes((0, 0, seed))
-        x = torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255
+    for scene in range(5):
+        image, label = shapes((0, 0, scene))
+        x, y = to_float(image[None]), torch.from_numpy(label)[None, None]         # (1, 3, S, S), (1, 1, S, S)
         row = [image, colour[label]]
         for epoch in range(1, 4):
-            draws = torch.from_numpy(draw(0, epoch, seed))[None]
-            cut, _, mask = crop(x, torch.zeros(1, 1, 16, 16), draws, 128, 8, torch.from_numpy(label)[None])
-            row += [(augment(cut, draws)[0] * 255).byte().permute(1, 2, 0).numpy(), colour[mask[0].numpy()]]
+            draws = draw(0, epoch, [scene])
+            cut, mask = augment(crop(x, draws, 128), draws), crop(y, draws, 128, "nearest")
+            row += [(cut[0] * 255).byte().permute(1, 2, 0).numpy(), colour[mask[0, 0].byte().numpy()]]
         rows.append(np.concatenate(row, 1))
-    Image.fromarray(np.concatenate(rows)).save("data.png")
+    try:
+        Image.fromarray(np.concatenate(rows)).save("data.png")
+    except OSError as error:
+        sys.exit(report(error))
     print("wrote data.png: per row a scene, its label, and three training crops with theirs")
     print("classes:", ", ".join(f"{i} {n}" for i, n in enumerate(Shapes.names)))
-
-
-def main():
-    p = argparse.ArgumentParser(description="Show, check or download data sets.",
-                                epilog=__doc__.split("\n\n")[2], allow_abbrev=False,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--check", action="store_true",
-        help="read every file of --data and name each that is missing or broken")
-    p.add_argument("--download", metavar="DATA", choices=tuple(FILES) + ("voc-aug",),
-        help="fetch and unpack: voc, coco80, cocostuff27")
-    p.add_argument("--url",
-        help="another address for --download, when a host has moved: fetches only this file. Under the "
-             "name of a published file it must have the published MD5, where there is one; under another "
-             "name (voc only) it is taken as it is and its MD5 shown")
-    p.add_argument("--data", choices=NAMES, default="shapes", help="data set to check (default: shapes)")
-    p.add_argument("--root", default="data",
-        help="folder of the data sets, or of the images for folder (default: data)")
-    args = p.parse_args()
-    if args.data != "shapes" and not args.check or args.url and not args.download:
-        p.error("--data goes with --check, --url with --download")
-    try:
-        if args.download:
-            download(args.download, args.root, args.url)
-        elif args.check:
-            wrong = 0
-            for split in ("all",) if args.data == "folder" else ("train", "val"):
-                data = dataset(args.data, args.root, split)
-                problems, published = check(data), getattr(data, "published", {}).get(data.split)
-                expected = f", {published} published" if published else ""
-                print(f"{args.data} {data.split}: {len(data)} images{expected}, {len(problems)} problems")
-                print("".join(f"  {p}\n" for p in problems), end="")
-                wrong += len(problems)
-            sys.exit(2 if wrong else 0)
-        else:
-            sheet()
-    except (DataError, OSError) as error:
-        sys.exit(print(f"data.py: {error}", file=sys.stderr) or 2)
 
 
 if __name__ == "__main__":

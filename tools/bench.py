@@ -160,7 +160,7 @@ def vit_case(size, batch):
 def step_case():
     """One step of each, cropping and augmentation included, at an epoch when the teacher takes part."""
     args, vit, epoch = train.parse(["--data", "voc", "--batch", "8"]), vits8(), 10
-    draws = torch.from_numpy(np.stack([data.draw(0, epoch, i) for i in range(8)]))
+    draws = data.draw(0, epoch, range(8))
     part = range(8), torch.rand(8, 3, 320, 320), torch.rand(8, 20, 40, 40), draws
     trainer = train.Trainer(args, vit, data.VOC, None, torch.device("cpu"), None)
     args.precision = "bf16"                               # read when a trainer is made
@@ -174,8 +174,8 @@ def step_case():
 
     def textbook():
         with torch.no_grad():
-            image, cams, _ = data.crop(*part[1:], args.crop, 8)
-            image = normalise(data.augment(image, draws))
+            image = normalise(data.augment(data.crop(part[1], draws, args.crop), draws))
+            cams = data.crop(part[2], draws, args.crop // 8, "area")
             tokens = textbook_vit(vit, image)[0][:, 1:]                           # of the teacher's encoder
             teacher = plain.teacher.module.decoder(tokens)[0].unflatten(2, (20, 20))
             label, foreground = pseudo_label(cams, teacher, lambda maps: maps, 0.5)
@@ -235,8 +235,8 @@ def data_case():
         np.save(file(f"{i}.npy"), maps[i])
 
     def cut(image, cams, draws):
-        image, cams, _ = data.crop(image, cams, draws, args.crop, 8)
-        return data.augment(image, draws)
+        data.crop(cams, draws, args.crop // 8, "area")    # timed, as training needs it
+        return data.augment(data.crop(image, draws, args.crop), draws)
 
     def ours():
         (_, [(_, image, cams, draws)], _), = train.batches(args, images, maps, 1, 0, torch.device("cpu"))
@@ -247,8 +247,8 @@ def data_case():
         for i in np.random.default_rng((args.seed, 1)).permutation(args.batch):
             image = torch.from_numpy(data.squash(data.open_image(file(f"{i}.jpg")), 320))
             image = image.permute(2, 0, 1).float() / 255
-            cams, draws = np.load(file(f"{i}.npy")), data.draw(args.seed, 1, int(i))
-            out.append(cut(image[None], torch.from_numpy(cams)[None].float(), torch.from_numpy(draws)[None]))
+            cams = torch.from_numpy(np.load(file(f"{i}.npy"))).float()
+            out.append(cut(image[None], cams[None], data.draw(args.seed, 1, [i])))
         return torch.cat(out)
 
     what = "data, 32 augmented crops of 160×160 from a memory map; textbook: from JPEGs, one by one"

@@ -92,10 +92,10 @@ def main():
                         for f in RESTORED.values()]       # (3, SIZE, SIZE) each
             truth = index[label]
             found.append([[miou(truth, mask, len(classes)) for mask in column] for column in restored])
-    except data.DataError as error:
-        sys.exit(print(f"par_on_photos.py: {error}", file=sys.stderr) or 2)
-    if not found:
-        sys.exit(print(f"par_on_photos.py: {args.root}: no label with a class", file=sys.stderr) or 2)
+        if not found:
+            raise data.UserError(f"{args.root}: no label of val shows a class; give another --root")
+    except OSError as error:
+        sys.exit(data.report(error))
     print(f"{len(found)} images of val at {SIZE}×{SIZE}, masks from {CELLS}×{CELLS}, mIoU over the classes "
           f"of each image, seed {args.seed}\n")
     print("| coarse mask |", " | ".join(RESTORED), "|")
