@@ -218,7 +218,7 @@ def open_label(path, n_values=256, colours=None):
             raise UserError(f"{path}: this label is {image.mode}; "
                             "make it an 8-bit palette or grey PNG of class indices")
         label, used = np.array(image), np.unique(image)
-        given = np.array(image.getpalette() or []).reshape(-1, 3)                 # of the first so many values
+        given = np.array(image.getpalette() or []).reshape(-1, 3)                 # may be shorter than 256
     unknown = used[(used >= n_values) & (used != VOID)]
     if unknown.size:
         raise UserError(f"{path}: label value {unknown[0]}, but this data set has only {n_values} values and "
@@ -227,7 +227,7 @@ def open_label(path, n_values=256, colours=None):
         colour, known = given[value].tolist(), colours[value].tolist()
         if colour not in (known, [value] * 3):
             raise UserError(f"{path}: its palette shows label value {value} in colour {colour}, which is "
-                            f"{known} in this data set, so the classes were renumbered; get the original file")
+                            f"{known} in this data set: the values were changed; get the original file")
     return label
 
 
@@ -276,7 +276,7 @@ STUFF27 = {
     "water": [119, 147, 154, 177, 178],
 }
 
-COCO_VALUES = 182                                         # raw ids of stuffthingmaps: things to 90, then stuff
+COCO_VALUES = 182                                         # raw ids of stuffthingmaps: 91 things, then stuff
 
 
 def coco_table(kind):
@@ -309,7 +309,7 @@ def palette(n=256):
 class Dataset:
     """Images with labels on disk. A subclass sets
 
-    ids, images, labels    lists of equal length: names, and paths of the files; labels empty if there are none
+    ids, images, labels    names, and paths of the files; labels is empty if there are none
     names, things, stuff   class names; how many clusters are things and stuff, which are found separately
     background             class 0 is background, no cluster
     upright                images are turned as their EXIF says
