@@ -243,12 +243,12 @@ def build_voc_aug(root, url=None):
     ids = sorted(ids - without)
     missing = [name for name in ids if not mask_of(name).exists()]
     if missing:
-        raise data.UserError(f"{file}: has no mask of {missing[0]}, and {len(ids) - len(missing)} of "
-                             f"{len(ids)} in all; remove it, and run the same command again")
+        raise data.UserError(f"{file}: has masks of only {len(ids) - len(missing)} of {len(ids)} images, not "
+                             f"of {missing[0]}; remove it, and run the same command again")
     write(listed, "".join(f"{name}\n" for name in ids).encode())
     published = COUNTS["voc-aug"][0]
     print(f"{listed}: {len(ids)} images, " + (
-        "as published" if len(ids) == published else f"not the published {published}: VOC or SBD is not whole"))
+        "as published" if len(ids) == published else f"not the published {published}: is VOC or SBD whole?"))
 
 
 def download(name, root, url=None):
