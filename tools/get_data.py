@@ -96,7 +96,7 @@ def transfer(url, part):
         with urllib.request.urlopen(request, timeout=60) as reply, open(part, "ab") as out:
             if reply.headers.get_content_type() == "text/html":
                 raise Unserved("sent a web page, not the file")
-            if reply.status != 206:                       # this server starts from the beginning
+            if have and reply.status != 206:              # this server starts from the beginning
                 out.truncate(0)
                 have = 0
             total = have + int(reply.headers.get("Content-Length") or 0)
@@ -108,11 +108,8 @@ def transfer(url, part):
                     print(f"{part.stem}: {have >> 20} of {total >> 20} MB", end="\r" if terminal else "\n",
                           file=sys.stderr, flush=True)
     except urllib.error.HTTPError as error:
-        if error.code != 416:
+        if error.code != 416:                             # 416: nothing is missing, or it is another's part
             raise Unserved(error) from None
-        if (error.headers.get("Content-Range") or "").rpartition("/")[2] != str(have):
-            os.truncate(part, 0)                          # longer than the file at url: not a part of it
-            transfer(url, part)                           # otherwise `part` was complete
     except (OSError, ValueError, http.client.HTTPException) as error:
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise data.UserError(f"{part}: {error.strerror}; what was fetched is kept, make room and run "
