@@ -1724,10 +1724,35 @@ def test_an_sbd_that_lacks_a_mask_or_is_damaged_is_named_and_voc_has_to_be_there
         assert not (base / "ImageSets/Segmentation/train_aug.txt").exists()
 
 
-def test_options_that_make_no_sense_are_refused(tmp_path):
-    for options in (("shapes",), ("folder",), ("voc", "--check", "--url", "http://a/b"), ("imagenet",), ()):
-        done = _get_data(*options, "--root", tmp_path)
-        assert done.returncode == 2 and "error: " in done.stderr and "Traceback" not in done.stderr
+def test_options_that_make_no_sense_are_refused(tmp_path, monkeypatch, capsys):
+    for options, reason in ((["shapes"], "nothing to download"), (["folder"], "nothing to download"),
+                            (["voc", "--check", "--url", "http://a/b"], "--url is for downloads"),
+                            (["imagenet"], "invalid choice"), ([], "required")):
+        monkeypatch.setattr(sys, "argv", ["get_data.py", *options, "--root", str(tmp_path)])
+        with pytest.raises(SystemExit, match="2"):
+            get_data.main()
+        assert reason in capsys.readouterr().err
+
+
+def test_ctrl_c_during_a_download_is_one_line_and_keeps_what_came(host, tmp_path, monkeypatch, capsys):
+    body = np.random.default_rng(0).bytes(3_000_001)
+    host.files["/a.tar"] = body
+    _use(monkeypatch, "voc", _made_archive("a.tar", body, f"{host.url}/a.tar"))
+    looks = iter([0, 0])                                  # of the clock: at the start, and after 1 MB and 2 MB
+
+    def look():
+        try:
+            return next(looks)
+        except StopIteration:
+            raise KeyboardInterrupt from None
+
+    monkeypatch.setattr(time, "monotonic", look)
+    monkeypatch.setattr(sys, "argv", ["get_data.py", "voc", "--root", str(tmp_path)])
+    with pytest.raises(SystemExit, match="130"):
+        get_data.main()
+    assert capsys.readouterr().err.splitlines()[-1] == "get_data.py: stopped; the same command goes on from here"
+    kept = (tmp_path / "a.tar.part").read_bytes()
+    assert 1 << 20 <= len(kept) < len(body) and body.startswith(kept)
 
 
 # ----------------------------------------------------------------------------
