@@ -56,23 +56,17 @@ JITTER = (0.8, 0.8, 0.8, 0.2)                             # TransFGU's, as for C
 
 
 class Draws(NamedTuple):
-    """The random numbers of B samples, each (B,) float32: four for `crop`, six for `augment`.
-
-    scale, y, x    side and top left corner of a square, in shares of the image
-    flip           1: mirrored, 0: not; grey: 1: without colour, 0: not
-    brightness, contrast, saturation    factors, 1: unchanged; hue: in turns, 0: unchanged
-    sigma          of the blur in pixels, 1 to 2; 0: no blur
-    """
-    scale: torch.Tensor
-    y: torch.Tensor
+    """The random numbers of B samples, each (B,) float32: four for `crop`, six for `augment`."""
+    scale: torch.Tensor                                   # side of a square, in shares of the image's
+    y: torch.Tensor                                       # its top left corner, likewise
     x: torch.Tensor
-    flip: torch.Tensor
-    brightness: torch.Tensor
+    flip: torch.Tensor                                    # 1: mirrored
+    brightness: torch.Tensor                              # factors; 1: unchanged
     contrast: torch.Tensor
     saturation: torch.Tensor
-    hue: torch.Tensor
-    grey: torch.Tensor
-    sigma: torch.Tensor
+    hue: torch.Tensor                                     # in turns; 0: unchanged
+    grey: torch.Tensor                                    # 1: without colour
+    sigma: torch.Tensor                                   # of the blur, in pixels; 0: no blur
 
 
 def draw(seed, epoch, samples, jitter=JITTER):

@@ -893,22 +893,8 @@ def test_voc_lists_of_other_makers_are_read(tmp_path):
         assert data.VOC(tmp_path).ids == ids
 
 
-def test_photographs_are_turned_as_their_exif_says_and_data_sets_are_not(tmp_path):
-    pixels = np.zeros((16, 32, 3), np.uint8)
-    pixels[:, :16] = 255                                                          # left half white
-    exif = Image.Exif()
-    exif[0x112] = 6                                       # to be shown turned clockwise: left becomes top
-    base = _voc(tmp_path / "VOC2012")
-    for file in (base / "JPEGImages/2007_000000.jpg", tmp_path / "photos" / "a.jpg"):
-        file.parent.mkdir(exist_ok=True)
-        Image.fromarray(pixels).save(file, exif=exif)
-    kept, turned = data.VOC(tmp_path).image(0), data.Folder(tmp_path / "photos").image(0)
-    assert kept.shape == (16, 32, 3) and kept[:, :16].min() > 200 and kept[:, 16:].max() < 50
-    assert turned.shape == (32, 16, 3) and turned[:16].min() > 200 and turned[16:].max() < 50
-
-
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_photographs_are_turned_as_pillow_turns_them(tmp_path, orientation):
+def test_photographs_are_turned_as_pillow_turns_them_and_data_sets_are_not(tmp_path, orientation):
     exif, pixels = Image.Exif(), np.random.default_rng(0).integers(0, 256, (6, 9, 3), np.uint8)
     exif[0x112] = orientation
     for name in ("a.png", "a.webp", "a.tif"):
@@ -916,6 +902,8 @@ def test_photographs_are_turned_as_pillow_turns_them(tmp_path, orientation):
         with Image.open(tmp_path / name) as image:
             expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
         assert np.array_equal(data.open_image(tmp_path / name, upright=True), expected)
+    assert (data.open_image(tmp_path / "a.png") == pixels).all()
+    assert data.Folder.upright and not data.VOC.upright and not data.COCO.upright
 
 
 def test_a_readable_picture_is_never_refused_for_its_exif(tmp_path):
@@ -1197,7 +1185,7 @@ SQUARES = ((0.5, 0.25, 0.25, 0), (0.5, 0.26, 0.23, 1), (0.4, 0.1, 0.45, 0), (0.4
            (0.81, 0.19, 0, 1), (0.97, 0.01, 0.02, 0))
 
 
-def test_a_crop_has_the_values_that_a_loop_over_its_cells_finds():
+def test_crop_moves_image_cam_and_label_alike_as_a_loop_over_cells_does():
     S, size = 17, 8
     x, label = randn(len(SQUARES), 2, S, S), torch.randint(0, 256, (len(SQUARES), 1, S, S), dtype=torch.uint8)
     draws = _draws(*SQUARES)
@@ -1210,19 +1198,6 @@ def test_a_crop_has_the_values_that_a_loop_over_its_cells_finds():
             assert np.abs(smooth[b, c].numpy() - expected).max() < 1e-4
             assert np.abs(cells[b, c].numpy() - expected.reshape(4, 2, 4, 2).mean((1, 3))).max() < 1e-4
         assert (near[b, 0].numpy() == _cut_by_hand(label[b, 0].numpy(), *square, size, nearest=True)).all()
-
-
-def test_crop_moves_image_cam_and_label_together():
-    S, patch, size = 64, 8, 32
-    y, x = torch.meshgrid(*[(torch.arange(S) + 0.5) / S] * 2, indexing="ij")
-    plane = (0.1 + 0.5 * x + 0.3 * y).expand(len(SQUARES), 1, S, S)
-    cam, label = F.avg_pool2d(plane, patch), (plane * 40).floor().to(torch.uint8)
-    draws = _draws(*SQUARES[:5])                          # the last leaves the centres of the outer patches
-    plane, cam, label = plane[:5], cam[:5], label[:5]
-    cut, maps = data.crop(plane, draws, size), data.crop(cam, draws, size // patch, "area")
-    assert (maps - F.avg_pool2d(cut, patch))[:4].abs().max() < 1e-5               # still the patch means
-    bands, mask = cut * 40, data.crop(label, draws, size, "nearest")              # its bands, to half a pixel
-    assert ((mask - 0.26 <= bands) & (bands <= mask + 1.26)).all() and mask.unique().numel() > 5
 
 
 def test_a_crop_of_everything_changes_nothing_flip_mirrors_and_a_batch_is_its_samples():
@@ -1238,20 +1213,16 @@ def test_a_crop_of_everything_changes_nothing_flip_mirrors_and_a_batch_is_its_sa
 
 
 def test_draws_of_seed_epoch_and_sample_are_these_and_depend_on_nothing_else():
-    """The numbers of a run must not change with the code, or it could not be repeated."""
+    """Another number would be another run: these are of samples that are jittered, and blurred."""
     np.random.seed(0)
     torch.manual_seed(0)
-    draws = data.draw(1, 2, [9, 3])
+    draws = data.draw(1, 2, [2, 3])
+    expected = [[0.92137486, 0.034000125, 0.07255067, 1, 1.6029785, 1.3118587, 0.95817387, -0.08129314, 0, 0],
+                [0.80228335, 0.021949442, 0.10113386, 1, 1, 1, 1, 0, 0, 1.7057031]]
     assert all(d.dtype == torch.float32 and d.shape == (2,) for d in draws)
-    for i, sample in enumerate((9, 3)):
-        u = np.random.default_rng((1, 2, sample)).random(11)
-        scale, jitter, blur = 0.4 + 0.6 * u[0], u[4] < 0.3, u[10] < 0.2
-        expected = [scale, u[1] * (1 - scale), u[2] * (1 - scale), u[3] < 0.5,
-                    *(1 + 0.8 * (2 * u[5:8] - 1) if jitter else (1, 1, 1)),
-                    0.2 * (2 * u[8] - 1) if jitter else 0, u[9] < 0.2, 1 + 5 * u[10] if blur else 0]
-        assert np.allclose([d[i] for d in draws], expected, atol=1e-7)
-    for sample in (torch.tensor([3]), np.array([3]), range(3, 4)):                # any kind of sequence
-        assert all(torch.equal(a, b[1:]) for a, b in zip(data.draw(1, 2, sample), draws))
+    assert np.allclose(torch.stack(draws, 1), expected, rtol=1e-6, atol=0)
+    for samples in (torch.tensor([3]), np.array([3]), range(3, 4)):
+        assert all(torch.equal(a, b[1:]) for a, b in zip(data.draw(1, 2, samples), draws))
     for key in ((2, 2, [3]), (1, 3, [3]), (1, 2, [4])):
         assert all((a != b[1:]).all() for a, b in zip(data.draw(*key)[:3], draws))
 
@@ -1659,13 +1630,6 @@ def test_coco_comes_in_three_archives_and_each_can_have_another_address(host, tm
     assert [data.COCO(tmp_path / "root", split).ids for split in ("train", "val")] == [["a"], ["a"]]
 
 
-def test_every_address_ends_in_the_published_name_of_its_file():
-    for name, archives in get_data.ARCHIVES.items():
-        for archive in archives:
-            assert all(url.rsplit("/", 1)[1] == archive.name for url in archive.urls) and archive.urls
-    assert min(len(a.urls) for n in ("voc", "voc-aug") for a in get_data.ARCHIVES[n]) >= 3
-
-
 def _sbd(masks, train, val):
     """SBD's archive: {id: value of every pixel} as cls/ID.mat, and its two lists."""
     files = {"train.txt": "\n".join(train).encode(), "val.txt": ("\n".join(val) + "\n").encode()}
@@ -1738,7 +1702,7 @@ def test_ctrl_c_during_a_download_is_one_line_and_keeps_what_came(host, tmp_path
     body = np.random.default_rng(0).bytes(3_000_001)
     host.files["/a.tar"] = body
     _use(monkeypatch, "voc", _made_archive("a.tar", body, f"{host.url}/a.tar"))
-    looks = iter([0, 0])                                  # of the clock: at the start, and after 1 MB and 2 MB
+    looks = iter([0, 0])                                  # of the clock: at the start, after 1 MB
 
     def look():
         try:
@@ -1750,7 +1714,7 @@ def test_ctrl_c_during_a_download_is_one_line_and_keeps_what_came(host, tmp_path
     monkeypatch.setattr(sys, "argv", ["get_data.py", "voc", "--root", str(tmp_path)])
     with pytest.raises(SystemExit, match="130"):
         get_data.main()
-    assert capsys.readouterr().err.splitlines()[-1] == "get_data.py: stopped; the same command goes on from here"
+    assert capsys.readouterr().err.endswith("\nget_data.py: stopped; the same command goes on from here\n")
     kept = (tmp_path / "a.tar.part").read_bytes()
     assert 1 << 20 <= len(kept) < len(body) and body.startswith(kept)
 
