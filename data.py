@@ -21,6 +21,7 @@ import hashlib
 import json
 import math
 import os
+import secrets
 import stat
 import sys
 import warnings
@@ -409,7 +410,7 @@ class COCO(Dataset):
                 raise UserError(f"{labels}: no map shows a thing (values 0 to 90); {advice}")
             if kept and None not in shown:
                 kept.parent.mkdir(parents=True, exist_ok=True)
-                part = kept.with_suffix(f".{os.getpid()}")
+                part = kept.with_suffix(f".{secrets.token_hex(8)}")               # other processes write, too
                 part.write_text(json.dumps(self.ids))
                 os.replace(part, kept)
         self.images = [images / f"{i}.jpg" for i in self.ids]

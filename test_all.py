@@ -1553,7 +1553,7 @@ def test_progress_moves_on_a_terminal_and_is_a_line_now_and_then_in_a_file(host,
         monkeypatch.setattr(sys, "stderr", stream)
         get_data.fetch(_made_archive("a.tar", body, f"{host.url}/a.tar"), tmp_path).unlink()
         shown = re.findall(r"a\.tar: (\d+) of 5 MB(.)", stream.getvalue(), re.DOTALL)
-        assert {e for _, e in shown} == {end} and 2 <= len(shown) <= 5
+        assert {e for _, e in shown} == {end} and 2 <= len(shown) <= 5 and stream.getvalue().endswith("\n")
         assert [int(n) for n, _ in shown] == sorted(int(n) for n, _ in shown)
 
 

@@ -100,13 +100,17 @@ def transfer(url, part):
                 out.truncate(0)
                 have = 0
             total = have + int(reply.headers.get("Content-Length") or 0)
-            while chunk := reply.read(1 << 20):
-                out.write(chunk)
-                have += len(chunk)
-                if time.monotonic() - shown > (0.2 if terminal else 30):          # in a log: now and then
-                    shown = time.monotonic()
-                    print(f"{part.stem}: {have >> 20} of {total >> 20} MB", end="\r" if terminal else "\n",
-                          file=sys.stderr, flush=True)
+            try:
+                while chunk := reply.read(1 << 20):
+                    out.write(chunk)
+                    have += len(chunk)
+                    if time.monotonic() - shown > (0.2 if terminal else 30):      # in a log: now and then
+                        shown = time.monotonic()
+                        print(f"{part.stem}: {have >> 20} of {total >> 20} MB",
+                              end="\r" if terminal else "\n", file=sys.stderr, flush=True)
+            finally:
+                if terminal:
+                    print(file=sys.stderr)                # the moving line stays as it is now
     except urllib.error.HTTPError as error:
         if error.code != 416:                             # 416: nothing is missing, or it is another's part
             raise Unserved(error) from None
