@@ -1181,8 +1181,8 @@ def _cut_by_hand(plane, scale, y, x, flip, size, nearest=False):
     return out
 
 
-SQUARES = ((0.5, 0.25, 0.25, 0), (0.5, 0.26, 0.23, 1), (0.4, 0.1, 0.45, 0), (0.43, 0.45, 0.1, 1),
-           (0.81, 0.19, 0, 1), (0.97, 0.01, 0.02, 0))
+SQUARES = ((0.5, 0.25, 0.25, 0), (0.5, 0.26, 0.23, 1), (0.4, 0, 0.6, 0), (0.43, 0.45, 0.1, 1),
+           (0.4, 0.6, 0, 1), (0.97, 0.01, 0.02, 0))       # two of them at the edges
 
 
 def test_crop_moves_image_cam_and_label_alike_as_a_loop_over_cells_does():
