@@ -21,6 +21,7 @@ import hashlib
 import json
 import math
 import os
+import secrets
 import stat
 import sys
 import warnings
@@ -56,23 +57,17 @@ JITTER = (0.8, 0.8, 0.8, 0.2)                             # TransFGU's, as for C
 
 
 class Draws(NamedTuple):
-    """The random numbers of B samples, each (B,) float32: four for `crop`, six for `augment`.
-
-    scale, y, x    side and top left corner of a square, in shares of the image
-    flip           1: mirrored, 0: not; grey: 1: without colour, 0: not
-    brightness, contrast, saturation    factors, 1: unchanged; hue: in turns, 0: unchanged
-    sigma          of the blur in pixels, 1 to 2; 0: no blur
-    """
-    scale: torch.Tensor
-    y: torch.Tensor
+    """The random numbers of B samples, each (B,) float32: four for `crop`, six for `augment`."""
+    scale: torch.Tensor                                   # side of a square, in shares of the image's
+    y: torch.Tensor                                       # its top left corner, likewise
     x: torch.Tensor
-    flip: torch.Tensor
-    brightness: torch.Tensor
+    flip: torch.Tensor                                    # 1: mirrored
+    brightness: torch.Tensor                              # factors; 1: unchanged
     contrast: torch.Tensor
     saturation: torch.Tensor
-    hue: torch.Tensor
-    grey: torch.Tensor
-    sigma: torch.Tensor
+    hue: torch.Tensor                                     # in turns; 0: unchanged
+    grey: torch.Tensor                                    # 1: without colour
+    sigma: torch.Tensor                                   # of the blur, in pixels; 0: no blur
 
 
 def draw(seed, epoch, samples, jitter=JITTER):
@@ -146,10 +141,9 @@ def to_float(image, device=None):
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF")          # not EPS, say, which would be run as a program
 MOST_PIXELS = 89_478_485                                  # 0.3 GB decoded; up to twice that Pillow only warns
-# how a picture is turned for each EXIF orientation; 1: as it is
-TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
-         4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270,
-         7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
+TURNS = dict(zip(range(2, 9), (                           # of each EXIF orientation; 1: not turned
+    Image.FLIP_LEFT_RIGHT, Image.ROTATE_180, Image.FLIP_TOP_BOTTOM, Image.TRANSPOSE,
+    Image.ROTATE_270, Image.TRANSVERSE, Image.ROTATE_90)))
 
 warnings.filterwarnings("ignore", module="PIL")           # unusable files are refused here, in one line
 
@@ -193,15 +187,13 @@ def open_image(path, upright=False):
     with opened(path) as image:
         if upright:
             image = turned(image)
-        if image.mode.startswith("I"):                    # 16-bit grey, or 32-bit integers
+        if image.mode[0] in "IF":                         # 16-bit grey, 32-bit integers or floats
             values = np.asarray(image)
-            # cameras of 12 bits store 0..4095: whether 4095 is white or nearly black, the file does not say
-            if values.min() < 0 or not 4096 <= values.max() <= 65535:
-                raise UserError(f"{path}: the range of its values, {values.min()} to {values.max()}, is no "
-                                "sign of what is white; make it an 8-bit image")
+            # 12-bit cameras store 0..4095 in 16 bits: the file does not say if 4095 is white or nearly black
+            if image.mode == "F" or values.min() < 0 or not 4096 <= values.max() <= 65535:
+                raise UserError(f"{path}: its values go from {values.min()} to {values.max()}, and which of "
+                                "them is white is not known; make it an 8-bit image")
             image = Image.fromarray((values >> 8).astype(np.uint8))
-        if image.mode == "F":
-            raise UserError(f"{path}: what is white in an image of floats is not known; make it 8-bit")
         return np.array(image.convert("RGB"))
 
 
@@ -418,7 +410,7 @@ class COCO(Dataset):
                 raise UserError(f"{labels}: no map shows a thing (values 0 to 90); {advice}")
             if kept and None not in shown:
                 kept.parent.mkdir(parents=True, exist_ok=True)
-                part = kept.with_suffix(f".{os.getpid()}")
+                part = kept.with_suffix(f".{secrets.token_hex(8)}")               # other processes write, too
                 part.write_text(json.dumps(self.ids))
                 os.replace(part, kept)
         self.images = [images / f"{i}.jpg" for i in self.ids]
@@ -437,28 +429,23 @@ class Folder(Dataset):
         self.names = ["background", *(f"cluster {k}" for k in range(1, n_classes + 1))]
         self.things = n_classes
         self.ids, self.images, self.labels = [], [], []
-        for root in map(Path, [root] if isinstance(root, (str, os.PathLike)) else root):
-            if not root.exists():
-                raise UserError(f"{root}: no such file or folder; correct the path")
-            found = [root] if root.is_file() else self.search(root)
-            if not found:
-                raise UserError(f"{root}: no images here; give a folder with any of {' '.join(SUFFIXES)}")
-            base = root if root.is_dir() else root.parent
-            self.ids += [str(file.relative_to(base).with_suffix("")) for file in found]
-            self.images += found
 
-    @staticmethod
-    def search(root):
         def refuse(error):                                # os.walk alone would leave such a folder out
             raise UserError(f"{error.filename}: cannot read this folder ({error.strerror}); "
                             "change its permissions")
 
-        found = []
-        for folder, below, files in os.walk(root, onerror=refuse):
-            below[:] = sorted(f for f in below if not f.startswith(".") and f != "@eaDir")
-            found += [Path(folder) / f for f in sorted(files)
-                      if f.lower().endswith(SUFFIXES) and not f.startswith(".")]
-        return found
+        for root in map(Path, [root] if isinstance(root, (str, os.PathLike)) else root):
+            if not root.exists():
+                raise UserError(f"{root}: no such file or folder; correct the path")
+            found, base = ([root], root.parent) if root.is_file() else ([], root)
+            for folder, below, files in os.walk(root, onerror=refuse) if root.is_dir() else ():
+                below[:] = sorted(f for f in below if not f.startswith(".") and f != "@eaDir")
+                found += [Path(folder) / f for f in sorted(files)
+                          if f.lower().endswith(SUFFIXES) and not f.startswith(".")]
+            if not found:
+                raise UserError(f"{root}: no images here; give a folder with any of {' '.join(SUFFIXES)}")
+            self.ids += [str(file.relative_to(base).with_suffix("")) for file in found]
+            self.images += found
 
 
 # ----------------------------------------------------------------------------
@@ -488,6 +475,13 @@ def _background(rng, size, tint):
     return 0.45 + 0.15 * grey + tint * (colour - colour.mean(2, keepdims=True))
 
 
+def _axes(size, cx, cy, turn):
+    """Each pixel's place along and across the direction `turn` from (cx, cy): two (size, size)."""
+    y, x = np.mgrid[:size, :size] / (size - 1)
+    cos, sin = math.cos(turn), math.sin(turn)
+    return (x - cx) * cos + (y - cy) * sin, (y - cy) * cos - (x - cx) * sin
+
+
 def _paint(image, alpha, colour):
     image[:] = alpha[..., None] * colour + (1 - alpha[..., None]) * image
 
@@ -505,29 +499,27 @@ def new_object(rng, category):
 
 def _draw_object(image, label, thing, cx, cy, radius):
     """Paint one object at (cx, cy) with this radius, all in shares of the image."""
-    size = len(image)
-    y, x = np.mgrid[:size, :size] / (size - 1)
-    turn, aspect, shade = thing["turn"], thing["aspect"], thing["shade"]
-    u = ((x - cx) * math.cos(turn) + (y - cy) * math.sin(turn)) / radius * aspect
-    v = ((y - cy) * math.cos(turn) - (x - cx) * math.sin(turn)) / radius / aspect
-    r, k, f, p = np.hypot(u, v), thing["category"], thing["frequency"], thing["phase"]
-    if k == 0:                                            # > 0 inside; the object's own radius is about 1
+    size, shape = len(image), SHAPES[thing["category"]]
+    u, v = _axes(size, cx, cy, thing["turn"])
+    u, v = u / radius * thing["aspect"], v / radius / thing["aspect"]
+    r, f, p, shade = np.hypot(u, v), thing["frequency"], thing["phase"], thing["shade"]
+    if shape == "disc":                                   # inside > 0 in the object, whose radius is about 1
         inside, texture = 1 - r, np.sin(12 * f * r + p)
-    elif k == 1:
+    elif shape == "square":
         inside, texture = 0.85 - np.maximum(abs(u), abs(v)), 3 * np.sin(7 * f * u + p) * np.sin(7 * f * v + p)
-    elif k == 2:
+    elif shape == "triangle":
         inside = 0.55 - np.maximum(-v, np.maximum(0.866 * u + 0.5 * v, 0.5 * v - 0.866 * u))
         texture = np.sin(20 * f * v + p)
-    elif k == 3:
+    elif shape == "star":
         inside, texture = 0.68 + 0.3 * np.cos(5 * np.arctan2(v, u)) - r, 0.5 - 0.35 * r
-    else:
+    else:                                                 # cross
         inside = np.maximum(np.minimum(0.36 - abs(u), 1 - abs(v)), np.minimum(0.36 - abs(v), 1 - abs(u)))
         texture = 2 * np.cos(11 * f * u) * np.cos(11 * f * v) - 0.6
     alpha = np.clip(0.5 + inside * radius * size, 0, 1)   # one pixel of smooth edge
     mix = np.clip(0.5 + 0.9 * texture, 0, 1)[..., None]
     light = np.clip(1 + 0.25 * (u * math.cos(shade) + v * math.sin(shade)), 0.5, 1.5)[..., None]
     _paint(image, alpha, (thing["light"] * mix + thing["dark"] * (1 - mix)) * light)
-    label[alpha > 0.5] = k + 1
+    label[alpha > 0.5] = thing["category"] + 1
 
 
 def render(rng, things, size, radius, tint=0.02, clutter=0.2):
@@ -538,13 +530,12 @@ def render(rng, things, size, radius, tint=0.02, clutter=0.2):
     returns   uint8 (size, size, 3), uint8 (size, size) of 0 and category + 1
     """
     image, label = _background(rng, size, tint), np.zeros((size, size), np.uint8)
-    y, x = np.mgrid[:size, :size] / (size - 1)
     for _ in range(rng.integers(2, 7)):                   # clutter: little grey blobs and sticks
         cx, cy, r, turn = rng.random(), rng.random(), rng.uniform(0.02, 0.06), rng.uniform(0, 2 * math.pi)
-        u = ((x - cx) * math.cos(turn) + (y - cy) * math.sin(turn)) / r
-        v = ((y - cy) * math.cos(turn) - (x - cx) * math.sin(turn)) / r * rng.uniform(0.5, 4)
+        u, v = _axes(size, cx, cy, turn)
+        inside = 1 - np.hypot(u / r, v / r * rng.uniform(0.5, 4))
         colour = colorsys.hsv_to_rgb(rng.random(), rng.uniform(0, clutter), rng.uniform(0.2, 1))
-        _paint(image, np.clip(0.5 + (1 - np.hypot(u, v)) * r * size, 0, 1), np.array(colour))
+        _paint(image, np.clip(0.5 + inside * r * size, 0, 1), np.array(colour))
     placed = []                                           # (x, y, radius) of the objects so far
     for thing in things:
         for _ in range(40):                               # no room found: the scene has one object fewer
@@ -553,9 +544,8 @@ def render(rng, things, size, radius, tint=0.02, clutter=0.2):
                 placed.append((cx, cy, r))
                 _draw_object(image, label, thing, cx, cy, r)
                 break
-    turn = rng.uniform(0, 2 * math.pi)
-    image *= rng.uniform(0.8, 1.15) + rng.uniform(0, 0.7) * (
-        (x - 0.5) * math.cos(turn) + (y - 0.5) * math.sin(turn))[..., None]
+    towards_light, _ = _axes(size, 0.5, 0.5, rng.uniform(0, 2 * math.pi))
+    image *= rng.uniform(0.8, 1.15) + rng.uniform(0, 0.7) * towards_light[..., None]
     image += rng.normal(0, 0.02, image.shape)             # the sensor's noise
     return (image.clip(0, 1) * 255).astype(np.uint8), label
 

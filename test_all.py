@@ -10,6 +10,7 @@ also compared with whole files of such numbers.
 
 import ast
 import builtins
+import gzip
 import hashlib
 import http.server
 import io
@@ -36,8 +37,9 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import EpsImagePlugin, Image
+from PIL import EpsImagePlugin, Image, ImageOps
 from scipy.cluster.vq import vq
+from scipy.io import savemat
 
 import aspp
 import cam
@@ -47,6 +49,7 @@ import losses
 import model
 import par
 import train
+from tools import get_data
 
 HERE = Path(__file__).resolve().parent
 GOLDEN = os.environ.get("DMSA_GOLDEN")
@@ -560,7 +563,7 @@ def test_the_shipped_weights_are_small_plain_and_load():
 
 
 # ----------------------------------------------------------------------------
-# data.py: small data sets and broken files are written below tmp_path
+# data.py and tools/get_data.py: small data sets and broken files are written below tmp_path
 
 
 def _save(path, values, mode=None):
@@ -598,18 +601,18 @@ def _coco(root, maps, images="images/train2017", labels="annotations/train2017")
 
 
 def _refused(call, *parts):
-    """The DataError of call(): one line that has all `parts`."""
-    with pytest.raises(data.DataError) as error:
+    """The UserError of call(): one line that has all `parts`."""
+    with pytest.raises(data.UserError) as error:
         call()
     message = str(error.value)
     assert "\n" not in message and all(str(part) in message for part in parts), message
     return message
 
 
-def _run(*args, timeout=60):
-    """`python data.py ...` in its own process."""
-    command = [sys.executable, data.__file__, *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+def _get_data(*args, timeout=60, **options):
+    """`python tools/get_data.py ...` in its own process."""
+    command = [sys.executable, get_data.__file__, *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, **options)
 
 
 def _bytes(image, kind, **options):
@@ -618,12 +621,34 @@ def _bytes(image, kind, **options):
     return stream.getvalue()
 
 
+def _chunk(kind, body):
+    """A chunk of a PNG."""
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
 def _png_of_size(width, height):
     """A PNG of a hundred bytes that announces width x height pixels."""
-    chunk = lambda kind, body: (struct.pack(">I", len(body)) + kind + body
-                                + struct.pack(">I", zlib.crc32(kind + body)))
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-            + chunk(b"IDAT", zlib.compress(bytes(99))) + chunk(b"IEND", b""))
+    return (b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+            + _chunk(b"IDAT", zlib.compress(bytes(99))) + _chunk(b"IEND", b""))
+
+
+# ---- errors
+
+
+def test_what_a_user_can_mend_is_one_line_with_the_name_of_the_program(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["/some/where/train.py", "--data", "voc"])
+    assert data.report(data.UserError("a.jpg: broken; leave it out")) == 2
+    with pytest.raises(OSError) as error:
+        open(tmp_path / "none")
+    assert data.report(error.value) == 2
+    assert capsys.readouterr().err == (f"train.py: a.jpg: broken; leave it out\n"
+                                       f"train.py: {tmp_path / 'none'}: No such file or directory\n")
+
+
+def test_python_data_py_says_in_one_line_that_it_cannot_write(tmp_path):
+    (tmp_path / "data.png").mkdir()
+    done = subprocess.run([sys.executable, data.__file__], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "data.py: data.png: Is a directory\n")
 
 
 # ---- classes
@@ -634,11 +659,10 @@ def test_coco_tables_follow_the_published_ids():
     absent = [11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90]                         # raw = category id - 1
     names = [n for n in data.COCO_THINGS if n != "-"]
     assert len(data.COCO_THINGS) == 91 and len(names) == len(set(names)) == 80 and len(data.STUFF27) == 27
-    assert np.flatnonzero(things == data.VOID).tolist() == [*absent, 255]
+    assert np.flatnonzero(things == data.VOID).tolist() == [*absent, *range(182, 256)]
     assert (sorted(things[:91][things[:91] != data.VOID].tolist()) == list(range(1, 81))
             and (things[91:182] == 0).all())
-    assert (np.flatnonzero(stuff == data.VOID).tolist() == [255]
-            and set(stuff[:182].tolist()) == set(range(27)))
+    assert set(stuff[:182].tolist()) == set(range(27)) and (stuff[182:] == data.VOID).all()
     assert (stuff[:91] < 12).all() and (stuff[91:182] >= 12).all()                # 12 of things, 15 of stuff
     assert sum(len(raw) for raw in data.STUFF27.values()) == 182                  # no id in two groups
     for raw, name, group in [(0, "person", "person"), (2, "car", "vehicle"), (12, "stop sign", "outdoor"),
@@ -670,23 +694,24 @@ def test_voc_loads_from_every_accepted_root(tmp_path, below):
     train, val, aug = (data.dataset(n, tmp_path, s)
                        for n, s in (("voc", "train"), ("voc", "val"), ("voc-aug", "train")))
     assert (train.ids, val.ids) == (["2007_000000", "2007_000001"], ["2007_000002"])
-    assert (len(aug), aug.split, len(data.dataset("voc-aug", tmp_path, "val"))) == (3, "train_aug", 1)
+    assert (len(aug), len(data.dataset("voc-aug", tmp_path, "val"))) == (3, 1)
     assert train.image(1).shape == (10, 13, 3) and (train.label(1) == 1).all() and (aug.label(1) == 6).all()
     assert (data.dataset("voc-aug", tmp_path, "val").label(0) == 2).all()         # val has no augmented masks
     train.limit(1)
     assert len(train) == len(train.images) == len(train.labels) == 1
 
 
-def test_each_missing_piece_of_voc_is_named_with_where_to_get_it(tmp_path):
+def test_each_missing_piece_of_voc_is_named_with_the_command_that_gets_it(tmp_path):
     _refused(lambda: data.VOC(tmp_path / "none"), tmp_path / "none/VOCdevkit/VOC2012",
-             "--download voc --root")
+             f"python tools/get_data.py voc --root {tmp_path / 'none'}")
     (tmp_path / "empty").mkdir()
     _refused(lambda: data.VOC(tmp_path / "empty"), tmp_path / "empty/ImageSets/Segmentation/train.txt",
-             "--download voc")
+             "get_data.py voc --root")
     base = _voc(tmp_path / "VOC2012")
-    _refused(lambda: data.VOC(tmp_path, aug=True), base / "ImageSets/Segmentation/train_aug.txt", "README")
+    _refused(lambda: data.VOC(tmp_path, aug=True), base / "ImageSets/Segmentation/train_aug.txt",
+             f"get_data.py voc-aug --root {tmp_path}")
     (base / "SegmentationClass").rename(base / "Masks")
-    _refused(lambda: data.VOC(tmp_path), base / "SegmentationClass", "README")
+    _refused(lambda: data.VOC(tmp_path), base / "SegmentationClass", "get_data.py voc --root")
     (base / "Masks").rename(base / "SegmentationClass")
     (base / "JPEGImages").rename(base / "Images")
     _refused(lambda: data.VOC(tmp_path), base / "JPEGImages")
@@ -717,10 +742,11 @@ def test_coco_samples_are_the_images_with_a_thing_pixel(tmp_path, images, labels
     assert coco80.names[coco80.label(2)[3, 4]] == "cat" and coco80.label(2)[0, 0] == 0
     assert (stuff27.names[stuff27.label(2)[3, 4]] == "animal"
             and stuff27.names[stuff27.label(2)[0, 0]] == "sky")
-    _refused(lambda: data.COCO(tmp_path, "val"), "images/val2017", "--download coco80 --root")
+    _refused(lambda: data.COCO(tmp_path, "val"), "images/val2017",
+             "python tools/get_data.py coco80 --root")
     (tmp_path / labels).rename(tmp_path / "elsewhere")
     _refused(lambda: data.COCO(tmp_path, "train", "cocostuff27"), "annotations/train2017",
-             "--download cocostuff27")
+             "get_data.py cocostuff27")
 
 
 def test_coco_without_images_or_things_is_named(tmp_path):
@@ -731,14 +757,22 @@ def test_coco_without_images_or_things_is_named(tmp_path):
     _refused(lambda: data.COCO(tmp_path), tmp_path / "images/train2017", "no .jpg images")
 
 
-def test_the_list_of_coco_samples_is_kept_and_follows_the_images(tmp_path, monkeypatch):
+def test_the_list_of_coco_samples_is_kept_and_follows_names_and_sizes(tmp_path, monkeypatch):
     _coco(tmp_path, {"a": 3, "b": 120, "c with space": 7})
     assert data.COCO(tmp_path, cache=tmp_path / "cache").ids == ["a", "c with space"]
     real, reads = data.open_label, []
     monkeypatch.setattr(data, "open_label", lambda *args: reads.append(args) or real(*args))
-    assert data.COCO(tmp_path, cache=tmp_path / "cache").ids == ["a", "c with space"] and not reads
+    monkeypatch.chdir(tmp_path)
+    os.utime("annotations/train2017/a.png", (1, 1))       # copied again, or another spelling: the same list
+    for root in (tmp_path, ".", tmp_path / "images" / ".."):
+        assert data.COCO(root, cache=tmp_path / "cache").ids == ["a", "c with space"] and not reads
+    assert data.COCO(tmp_path, kind="cocostuff27", cache="cache").ids == ["a", "c with space"] and not reads
     _coco(tmp_path, {"d": 1})                             # another image: another list
     assert data.COCO(tmp_path, cache=tmp_path / "cache").ids == ["a", "c with space", "d"] and len(reads) == 4
+    noise = np.random.default_rng(0).integers(100, 120, (8, 9)).astype(np.uint8)
+    _save(tmp_path / "annotations/train2017/a.png", noise)                        # a map of another size
+    assert data.COCO(tmp_path, cache=tmp_path / "cache").ids == ["c with space", "d"] and len(reads) == 8
+    assert all(re.fullmatch(r"coco-train-\w{16}\.json", f.name) for f in (tmp_path / "cache").iterdir())
 
 
 def test_an_unreadable_coco_map_stays_a_sample_that_is_named_and_is_not_remembered(tmp_path):
@@ -748,8 +782,7 @@ def test_an_unreadable_coco_map_stays_a_sample_that_is_named_and_is_not_remember
     broken.write_bytes(good[:40])
     found = data.COCO(tmp_path, cache=tmp_path / "cache")
     assert found.ids == ["a", "b", "c"]
-    problems = data.check(found)
-    assert len(problems) == 1 and str(broken) in problems[0]
+    assert _refused(lambda: found.label(1), broken) and not (tmp_path / "cache").exists()
     broken.write_bytes(good)
     assert data.COCO(tmp_path, cache=tmp_path / "cache").ids == ["a", "c"]
 
@@ -758,56 +791,16 @@ def test_an_unknown_data_set_is_not_taken_for_coco():
     _refused(lambda: data.dataset("coco"), "coco80", "cocostuff27")
 
 
-def test_check_lists_every_problem_once(tmp_path):
-    base = _voc(tmp_path, n=9)
-    images, labels = data.VOC(tmp_path).images, data.VOC(tmp_path).labels
-    assert data.check(data.VOC(tmp_path)) == []
-    images[0].write_bytes(b"no image")                                            # met by both: listed once
-    images[1].unlink()
-    _save(labels[2], np.zeros((10, 13), np.uint8))                                # 14 x 10 is right
-    _save(labels[3], np.full((10, 15), 21, np.uint8))
-    _save(labels[4], ("RGB", (16, 10), (1, 1, 1)))
-    labels[5].write_bytes(labels[5].read_bytes()[:30])
-    _save(images[6], np.random.default_rng(0).integers(0, 256, (10, 18, 3), np.uint8))
-    images[6].write_bytes(images[6].read_bytes()[:-80])                           # its end and label missing
-    labels[6].unlink()
-    problems = data.check(data.VOC(tmp_path))
-    for file, reason in [(images[0], "no JPEG"), (images[1], "No such file"),
-                         (labels[2], "13 x 10, its image 14 x 10"), (labels[3], "21"), (labels[4], "RGB"),
-                         (labels[5], ""), (images[6], "truncated"), (labels[6], "No such file")]:
-        assert len([p for p in problems if p.startswith(f"{file}: ") and reason in p]) == 1, (file, problems)
-    assert len(problems) == 8 and not any("\n" in p for p in problems)
-
-
-def test_check_exits_with_0_for_a_good_set_and_2_for_a_broken_or_absent_one(tmp_path, monkeypatch, capsys):
-    base = _voc(tmp_path / "VOC2012")
-    done = _run("--check", "--data", "voc", "--root", tmp_path)
-    assert (done.returncode == 0 and not done.stderr
-            and "voc train: 2 images, 1464 published, 0 problems" in done.stdout)
-    _save(base / "SegmentationClass/2007_000000.png", np.full((10, 12), 99, np.uint8))
-    (base / "JPEGImages/2007_000002.jpg").unlink()
-    done = _run("--check", "--data", "voc", "--root", tmp_path)
-    assert done.returncode == 2 and not done.stderr and done.stdout.count("1 problems") == 2
-    assert "2007_000000.png: label value 99" in done.stdout and "2007_000002.jpg: cannot read" in done.stdout
-    monkeypatch.setattr(sys, "argv", ["data.py", "--check", "--data", "coco80", "--root", str(tmp_path)])
-    with pytest.raises(SystemExit, match="2"):
-        data.main()
-    error = capsys.readouterr().err
-    assert error.startswith(f"data.py: {tmp_path}/images/train2017: ") and error.count("\n") == 1
-
-
 # ---- decoding
 
 
 def test_palette_and_grey_labels_are_indices_and_255_is_void(tmp_path):
     values = np.array([[0, 1, 20], [255, 7, 19]], np.uint8)
     for mode in ("P", "L"):
-        assert (data.open_label(_save(tmp_path / f"{mode}.png", values, mode), n_classes=21) == values).all()
+        assert (data.open_label(_save(tmp_path / f"{mode}.png", values, mode), 21) == values).all()
     with Image.open(_save(tmp_path / "small.png", values[:, :2] % 16, "P")) as small:
         small.save(tmp_path / "4bit.png", bits=4)
     assert data.open_label(tmp_path / "4bit.png").tolist() == [[0, 1], [15, 7]]
-    table = data.coco_table("coco80")
-    assert data.open_label(tmp_path / "L.png", table, 81).tolist() == [[1, 2, 20], [255, 8, 19]]
 
 
 def test_a_label_that_is_no_map_of_known_classes_is_named(tmp_path):
@@ -815,11 +808,37 @@ def test_a_label_that_is_no_map_of_known_classes_is_named(tmp_path):
         file = _save(tmp_path / f"{mode}.png", (mode, (4, 3), colour))
         _refused(lambda: data.open_label(file), file, "palette or grey PNG")
     file = _save(tmp_path / "value.png", np.array([[3, 255], [21, 0]], np.uint8))
-    _refused(lambda: data.open_label(file, n_classes=21), file, "label value 21", "21 classes")
-    assert data.open_label(file, n_classes=22).max() == 255
-    file = _save(tmp_path / "raw.png", np.array([[3, 255], [182, 0]], np.uint8))
-    for kind, n in (("coco80", 81), ("cocostuff27", 27)):                         # COCO's ids end at 181
-        _refused(lambda: data.open_label(file, data.coco_table(kind), n), file, "label value 182")
+    _refused(lambda: data.open_label(file, 21), file, "label value 21", "21 values")
+    assert data.open_label(file, 22).tolist() == [[3, 255], [21, 0]]
+    _coco(tmp_path, {"a": 3})                             # COCO's ids end at 181
+    raw = np.full((8, 9), 182, np.uint8)
+    raw[0] = 3
+    file = _save(tmp_path / "annotations/train2017/a.png", raw)
+    for kind in ("coco80", "cocostuff27"):
+        _refused(lambda: data.COCO(tmp_path, kind=kind).label(0), file, "label value 182")
+
+
+def test_a_voc_mask_whose_palette_was_sorted_anew_is_refused(tmp_path):
+    """A mask that went through RGB and a palette optimiser has the same colours at other values."""
+    base, mask = _voc(tmp_path), np.zeros((10, 12), np.uint8)
+    mask[2:6, 3:9], mask[1, 3:9] = 10, 255
+    file = _save(base / "SegmentationClass/2007_000000.png", mask, "P")
+    assert (data.VOC(tmp_path).label(0) == mask).all()
+    with Image.open(file) as image:
+        anew = image.convert("RGB").convert("P", palette=Image.Palette.ADAPTIVE, colors=8)
+    assert not (np.asarray(anew) == mask).all()
+    anew.save(file)
+    _refused(lambda: data.VOC(tmp_path).label(0), file, "palette", "original file")
+    Image.fromarray(mask).convert("P").save(file)         # grey in a palette, value for value
+    assert (data.VOC(tmp_path).label(0) == mask).all()
+    grey = Image.fromarray(np.where(mask == 10, 1, 0).astype(np.uint8))
+    grey.putpalette([0, 0, 0, 10, 10, 10])                # grey 10, but as value 1
+    grey.save(file)
+    _refused(lambda: data.VOC(tmp_path).label(0), file, "label value 1 ")
+    image = Image.fromarray(mask)
+    image.putpalette(data.palette(21).flatten().tolist())                         # says nothing about 255
+    image.save(file)
+    assert (data.VOC(tmp_path).label(0) == mask).all()
 
 
 def test_a_label_of_another_size_than_its_image_is_named(tmp_path):
@@ -855,9 +874,15 @@ def test_images_of_every_mode_and_of_one_pixel_become_rgb(tmp_path, mode, suffix
 
 
 def test_images_of_unknown_range_are_refused(tmp_path):
-    for i, (mode, value) in enumerate((("F", 0.5), ("I", 70_000))):
-        Image.new(mode, (3, 3), value).save(tmp_path / f"{i}.tif")
-        _refused(lambda: data.open_image(tmp_path / f"{i}.tif"), f"{i}.tif", "8-bit")
+    ramp = lambda low, high, kind: Image.fromarray(np.linspace(low, high, 81).reshape(9, 9).astype(kind))
+    for name, image in {"float.tif": Image.new("F", (3, 3), 0.5), "32bit.tif": Image.new("I", (3, 3), 70_000),
+                        "negative.tif": ramp(-9, 9000, np.int32), "12bit.png": ramp(0, 4095, np.uint16),
+                        "12bit.tif": ramp(0, 4095, np.uint16)}.items():
+        image.save(tmp_path / name)
+        _refused(lambda: data.open_image(tmp_path / name), name, "8-bit")
+    ramp(0, 65535, np.uint16).save(tmp_path / "16bit.png")
+    grey = data.open_image(tmp_path / "16bit.png")
+    assert grey.min() == 0 and grey.max() == 255 and abs(grey.mean() - 127.5) < 1
 
 
 def test_voc_lists_of_other_makers_are_read(tmp_path):
@@ -868,18 +893,36 @@ def test_voc_lists_of_other_makers_are_read(tmp_path):
         assert data.VOC(tmp_path).ids == ids
 
 
-def test_photographs_are_turned_as_their_exif_says_and_data_sets_are_not(tmp_path):
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photographs_are_turned_as_pillow_turns_them_and_data_sets_are_not(tmp_path, orientation):
+    exif, pixels = Image.Exif(), np.random.default_rng(0).integers(0, 256, (6, 9, 3), np.uint8)
+    exif[0x112] = orientation
+    for name in ("a.png", "a.webp", "a.tif"):
+        Image.fromarray(pixels).save(tmp_path / name, exif=exif, lossless=True)
+        with Image.open(tmp_path / name) as image:
+            expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+        assert np.array_equal(data.open_image(tmp_path / name, upright=True), expected)
+    assert (data.open_image(tmp_path / "a.png") == pixels).all()
+    assert data.Folder.upright and not data.VOC.upright and not data.COCO.upright
+
+
+def test_a_readable_picture_is_never_refused_for_its_exif(tmp_path):
+    """Tags that Pillow cannot write anew, and EXIF that it cannot read."""
     pixels = np.zeros((16, 32, 3), np.uint8)
     pixels[:, :16] = 255                                                          # left half white
-    exif = Image.Exif()
-    exif[0x112] = 6                                       # to be shown turned clockwise: left becomes top
-    base = _voc(tmp_path / "VOC2012")
-    for file in (base / "JPEGImages/2007_000000.jpg", tmp_path / "photos" / "a.jpg"):
-        file.parent.mkdir(exist_ok=True)
-        Image.fromarray(pixels).save(file, exif=exif)
-    kept, turned = data.VOC(tmp_path).image(0), data.Folder(tmp_path / "photos").image(0)
-    assert kept.shape == (16, 32, 3) and kept[:, :16].min() > 200 and kept[:, 16:].max() < 50
-    assert turned.shape == (32, 16, 3) and turned[:16].min() > 200 and turned[16:].max() < 50
+    picture, turn = Image.fromarray(pixels), struct.pack("<HHII", 0x112, 3, 1, 6)
+    whole = {"jpg": _bytes(picture, "JPEG"), "png": _bytes(picture, "PNG")}
+    for name, tag, after in (("rational", struct.pack("<HHII", 0x11A, 10, 1, 38), struct.pack("<ii", -1, 0)),
+                             ("text", struct.pack("<HHII", 0x128, 2, 2, 0x3131), b"")):
+        exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", 2) + turn + tag + bytes(4) + after
+        marker = b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif
+        (tmp_path / f"{name}.jpg").write_bytes(whole["jpg"][:2] + marker + whole["jpg"][2:])
+        turned = data.open_image(tmp_path / f"{name}.jpg", upright=True)
+        assert turned.shape == (32, 16, 3) and turned[:16].min() > 200 and turned[16:].max() < 50
+    picture.save(tmp_path / "bad.webp", exif=b"Exif\0\0junkjunk", lossless=True)
+    (tmp_path / "bad.png").write_bytes(whole["png"][:33] + _chunk(b"eXIf", b"\0\x08\0\2") + whole["png"][33:])
+    for name in ("bad.webp", "bad.png"):
+        assert (data.open_image(tmp_path / name, upright=True) == pixels).all()
 
 
 # ---- hostile files
@@ -978,7 +1021,7 @@ for file in sorted(Path(sys.argv[1]).iterdir()):
                        (data.open_label, 2)):
         try:
             array = read(file)
-        except data.DataError as error:
+        except data.UserError as error:
             assert str(error).startswith(f"{file}: ") and "\\n" not in str(error)
             count["refused"] += 1
         else:
@@ -1037,41 +1080,45 @@ def test_a_folder_gives_its_images_sorted_and_those_of_its_subfolders_but_not_of
     found = data.Folder(root, n_classes=3)
     assert found.ids == ["a", "b", "g", "Sub2/d", "sub/a", "sub/e", "sub/z/c"] and len(found) == 7
     assert [found.image(i).shape for i in range(7)] == [(3, 4, 3)] * 7
-    assert found.label(0) is None and data.check(found) == []
+    assert found.label(0) is None
     assert found.names == ["background", "cluster 1", "cluster 2", "cluster 3"] and found.things == 3
     found.limit(2)
     assert found.ids == ["a", "b"]
 
 
-def test_a_folder_may_be_one_image_and_an_empty_or_absent_one_is_named(tmp_path):
-    one = data.Folder(_save(tmp_path / "a.b.png", ("RGB", (4, 3), (1, 2, 3))))
-    assert one.ids == ["a.b"] and one.image(0).shape == (3, 4, 3)
+def test_hidden_folders_and_thumbnails_are_no_images_of_a_folder(tmp_path):
+    root = tmp_path / ".hidden"                           # but a root may be anything
+    for name in ("a.png", "sub/b.png", ".ipynb_checkpoints/c.png", "sub/.thumbnails/d.png", "._a.png",
+                 "@eaDir/e.png"):
+        _save(root / name, ("RGB", (4, 3), (1, 2, 3)))
+    assert data.Folder(root).ids == ["a", "sub/b"]
+
+
+def test_a_folder_may_be_one_image_or_a_list_and_an_empty_or_absent_one_is_named(tmp_path):
+    one = _save(tmp_path / "a.b.png", ("RGB", (4, 3), (1, 2, 3)))
+    assert data.Folder(one).ids == ["a.b"] and data.Folder(str(one)).image(0).shape == (3, 4, 3)
+    for name in ("x/a.png", "x/sub/b.png", "y/b.png", "y/b.jpg"):
+        _save(tmp_path / name, ("RGB", (4, 3), (1, 2, 3)))
+    several = data.Folder([tmp_path / "y", one, str(tmp_path / "x")], 3)
+    assert several.ids == ["b", "b", "a.b", "a", "sub/b"] and several.things == 3
+    assert [f.name for f in several.images] == ["b.jpg", "b.png", "a.b.png", "a.png", "b.png"]
     (tmp_path / "empty" / "below").mkdir(parents=True)
     (tmp_path / "empty" / "readme.txt").write_text("")
-    _refused(lambda: data.Folder(tmp_path / "empty"), tmp_path / "empty", "no images", ".jpg")
+    _refused(lambda: data.Folder([one, tmp_path / "empty"]), tmp_path / "empty", "no images", ".jpg")
     _refused(lambda: data.Folder(tmp_path / "none"), tmp_path / "none", "no such file or folder")
     (tmp_path / "loop").symlink_to("loop")
     _refused(lambda: data.Folder(tmp_path / "loop"), tmp_path / "loop")
 
 
-def test_images_whose_predictions_would_have_one_name_are_named(tmp_path):
-    for name in ("a.png", "a.jpg", "sub/a.png", "sub/a.jpg", "sub/b.png"):
-        _save(tmp_path / name, ("RGB", (4, 3), (1, 2, 3)))
-    _refused(lambda: data.Folder(tmp_path), tmp_path / "a.png", tmp_path / "a.jpg", "1 more such")
-    (tmp_path / "a.jpg").unlink()
-    _refused(lambda: data.Folder(tmp_path), tmp_path / "sub/a.png", tmp_path / "sub/a.jpg")
-    (tmp_path / "sub/a.jpg").unlink()
-    assert data.Folder(tmp_path).ids == ["a", "sub/a", "sub/b"]                   # in two folders: both kept
-
-
 def test_bad_files_of_a_folder_are_kept_and_named_not_dropped(tmp_path):
     _save(tmp_path / "a.png", ("RGB", (4, 3), (1, 2, 3)))
-    (tmp_path / "b.jpg").mkdir()                          # a folder named like an image
-    (tmp_path / "c.jpg").symlink_to("nowhere")
-    (tmp_path / "d.jpg").write_bytes(b"")
-    problems = data.check(data.Folder(tmp_path))
-    assert (len(problems) == 3
-            and all(str(tmp_path / n) in p for n, p in zip(("b.jpg", "c.jpg", "d.jpg"), problems)))
+    _save(tmp_path / "b.jpg" / "c.png", ("RGB", (4, 3), (1, 2, 3)))               # a folder like any other
+    (tmp_path / "d.jpg").symlink_to("nowhere")
+    (tmp_path / "e.jpg").write_bytes(b"")
+    found = data.Folder(tmp_path)
+    assert found.ids == ["a", "d", "e", "b.jpg/c"]
+    for i in (1, 2):
+        _refused(lambda: found.image(i), found.images[i])
 
 
 def test_a_subfolder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
@@ -1108,101 +1155,116 @@ def test_squash_is_interpolation_without_antialiasing_and_keeps_the_values_of_la
             == data.squash(np.ascontiguousarray(image[:, ::-1]), size)).all()
 
 
-def _pattern(S, patch):
-    """Image, CAM, label: a plane 0.1 + 0.5 x + 0.3 y, the patch means of it, and its contour bands."""
-    y, x = torch.meshgrid(*[(torch.arange(S, dtype=torch.float64) + 0.5) / S] * 2, indexing="ij")
-    plane = 0.1 + 0.5 * x + 0.3 * y
-    return (plane.expand(1, 3, S, S), F.avg_pool2d(plane[None, None], patch),
-            (plane[None] * 40).floor().to(torch.uint8))
+def _draws(*samples, **change):
+    """Draws of whole, unchanged images but for (scale, y, x, flip) of each sample and the named numbers."""
+    neutral = dict(brightness=1, contrast=1, saturation=1, hue=0, grey=0, sigma=0)
+    corners = zip(*(samples or [(1, 0, 0, 0)]), strict=True)
+    numbers = dict(zip(("scale", "y", "x", "flip"), corners)) | {
+        name: [value] * len(samples or [0]) for name, value in (neutral | change).items()}
+    return data.Draws(**{name: torch.tensor(n, dtype=torch.float32) for name, n in numbers.items()})
 
 
-def test_crop_moves_image_cam_and_label_together():
-    S, patch, size = 64, 8, 32
-    image, cam, label = _pattern(S, patch)
-    for scale, y, x, flip in ((0.5, 0.25, 0.25, 0), (0.5, 0.25, 0.25, 1), (0.4, 0.1, 0.45, 0),
-                              (0.4, 0.45, 0.1, 1), (0.8, 0.08, 0.1, 1)):
-        draws = torch.tensor([[scale, y, x, flip, 1, 1, 1, 0, 0, 0]], dtype=torch.float64)
-        cut, maps, mask = data.crop(image, cam, draws, size, patch, label)
-        assert (cut.shape == (1, 3, size, size) and maps.shape == (1, 1, 4, 4)
-                and mask.shape == (1, size, size))
-        along = (torch.arange(size, dtype=torch.float64) + 0.5) / size            # pixels' places in the crop
-        across = 1 - along if flip else along
-        place = 0.1 + 0.5 * (x + scale * across)[None, :] + 0.3 * (y + scale * along)[:, None]
-        assert (cut[0] - place).abs().max() < 1e-6
-        assert (maps - F.avg_pool2d(cut[:, :1], patch)).abs().max() < 1e-6        # still the patch means
-        bands = cut[0, 0] * 40                                                    # its bands, to half a pixel
-        assert ((mask[0] - 0.26 <= bands) & (bands <= mask[0] + 1.26)).all() and mask.unique().numel() > 5
-        assert mask.dtype == label.dtype
+def _cut_by_hand(plane, scale, y, x, flip, size, nearest=False):
+    """What a crop has at each of its size x size cells, cell by cell: the plane there, edges repeated."""
+    S, out = len(plane), np.zeros((size, size))
+    for i in range(size):
+        for j in range(size):
+            along = (i + 0.5) / size, ((size - 1 - j if flip else j) + 0.5) / size
+            v, u = (y + scale * along[0]) * S - 0.5, (x + scale * along[1]) * S - 0.5
+            v, u = np.clip(v, 0, S - 1), np.clip(u, 0, S - 1)
+            if nearest:
+                out[i, j] = plane[round(v), round(u)]
+                continue
+            top, left = min(int(v), S - 2), min(int(u), S - 2)
+            out[i, j] = sum(plane[top + a, left + b] * abs(1 - a - (v - top)) * abs(1 - b - (u - left))
+                            for a in (0, 1) for b in (0, 1))
+    return out
 
 
-def test_a_crop_of_everything_changes_nothing_and_flip_mirrors():
-    image, cam = torch.rand(2, 3, 16, 16), torch.rand(2, 5, 4, 4)
-    label = torch.randint(0, 256, (2, 16, 16), dtype=torch.uint8)
-    draws = torch.tensor([[1.0, 0, 0, 0, 1, 1, 1, 0, 0, 0], [1.0, 0, 0, 1, 1, 1, 1, 0, 0, 0]])
-    cut, maps, mask = data.crop(image, cam, draws, 16, 4, label)
-    assert (torch.allclose(cut[0], image[0], atol=1e-5)
-            and torch.allclose(cut[1], image[1].flip(-1), atol=1e-5))
-    assert (mask[0] == label[0]).all() and (mask[1] == label[1].flip(-1)).all()
-    unflipped = data.crop(image.flip(-1), cam.flip(-1), draws[:1].expand(2, -1), 16, 4)
-    assert torch.allclose(maps[1], unflipped[1][1], atol=1e-5) and unflipped[2] is None
-    for i in range(2):                                    # and a batch is its samples
-        alone = data.crop(image[i:i + 1], cam[i:i + 1], draws[i:i + 1], 16, 4)
-        assert (torch.allclose(alone[0][0], cut[i], atol=1e-6)
-                and torch.allclose(alone[1][0], maps[i], atol=1e-6))
+SQUARES = ((0.5, 0.25, 0.25, 0), (0.5, 0.26, 0.23, 1), (0.4, 0, 0.6, 0), (0.43, 0.45, 0.1, 1),
+           (0.4, 0.6, 0, 1), (0.97, 0.01, 0.02, 0))       # two of them at the edges
 
 
-def test_draws_depend_on_seed_epoch_and_sample_alone():
-    first = data.draw(1, 2, 3)
+def test_crop_moves_image_cam_and_label_alike_as_a_loop_over_cells_does():
+    S, size = 17, 8
+    x, label = randn(len(SQUARES), 2, S, S), torch.randint(0, 256, (len(SQUARES), 1, S, S), dtype=torch.uint8)
+    draws = _draws(*SQUARES)
+    smooth, cells = data.crop(x, draws, size), data.crop(x, draws, size // 2, "area")
+    near = data.crop(label, draws, size, "nearest")
+    assert smooth.shape == (len(SQUARES), 2, size, size) and cells.shape == (len(SQUARES), 2, 4, 4)
+    for b, square in enumerate(SQUARES):
+        for c in range(2):
+            expected = _cut_by_hand(x[b, c].numpy(), *square, size)
+            assert np.abs(smooth[b, c].numpy() - expected).max() < 1e-4
+            assert np.abs(cells[b, c].numpy() - expected.reshape(4, 2, 4, 2).mean((1, 3))).max() < 1e-4
+        assert (near[b, 0].numpy() == _cut_by_hand(label[b, 0].numpy(), *square, size, nearest=True)).all()
+
+
+def test_a_crop_of_everything_changes_nothing_flip_mirrors_and_a_batch_is_its_samples():
+    x, draws = torch.rand(2, 5, 16, 16), _draws((1, 0, 0, 0), (1, 0, 0, 1))
+    for mode in ("bilinear", "nearest"):
+        cut = data.crop(x, draws, 16, mode)
+        assert (torch.allclose(cut[0], x[0], atol=1e-5) and torch.allclose(cut[1], x[1].flip(-1), atol=1e-5))
+    square, half = _draws(*SQUARES[:2]), data.crop(x.half(), _draws(*SQUARES[:2]), 6, "area")
+    assert half.dtype == torch.float32 and (half - data.crop(x, square, 6, "area")).abs().max() < 1e-3
+    for i in range(2):
+        alone = data.crop(x[i:i + 1], _draws(SQUARES[i]), 6, "area")
+        assert torch.allclose(alone[0], data.crop(x, square, 6, "area")[i], atol=1e-6)
+
+
+def test_draws_of_seed_epoch_and_sample_are_these_and_depend_on_nothing_else():
+    """Another number would be another run: these are of samples that are jittered, and blurred."""
     np.random.seed(0)
     torch.manual_seed(0)
-    others = [data.draw(*key) for key in ((2, 1, 3), (1, 3, 2), (0, 2, 3), (1, 2, 4), (1, 1, 3))]
-    assert first.dtype == np.float32 and first.shape == (10,) and (data.draw(1, 2, 3) == first).all()
-    assert all((o[:3] != first[:3]).all() for o in others)
+    draws = data.draw(1, 2, [2, 3])
+    expected = [[0.92137486, 0.034000125, 0.07255067, 1, 1.6029785, 1.3118587, 0.95817387, -0.08129314, 0, 0],
+                [0.80228335, 0.021949442, 0.10113386, 1, 1, 1, 1, 0, 0, 1.7057031]]
+    assert all(d.dtype == torch.float32 and d.shape == (2,) for d in draws)
+    assert np.allclose(torch.stack(draws, 1), expected, rtol=1e-6, atol=0)
+    for samples in (torch.tensor([3]), np.array([3]), range(3, 4)):
+        assert all(torch.equal(a, b[1:]) for a, b in zip(data.draw(1, 2, samples), draws))
+    for key in ((2, 2, [3]), (1, 3, [3]), (1, 2, [4])):
+        assert all((a != b[1:]).all() for a, b in zip(data.draw(*key)[:3], draws))
 
 
 def test_weaker_jitter_scales_the_same_draws():
-    for sample in range(50):
-        full, half = data.draw(0, 1, sample), data.draw(0, 1, sample, (0.4, 0.4, 0.4, 0.1))
-        assert (np.allclose(half[4:7] - 1, (full[4:7] - 1) / 2, atol=1e-6)
-                and np.isclose(half[7], full[7] / 2, atol=1e-6))
-        assert (half[[0, 1, 2, 3, 8, 9]] == full[[0, 1, 2, 3, 8, 9]]).all()
+    full, half = data.draw(0, 1, range(50)), data.draw(0, 1, range(50), (0.4, 0.4, 0.4, 0.1))
+    for name, a, b in zip(full._fields, full, half):
+        middle = {"brightness": 1, "contrast": 1, "saturation": 1, "hue": 0}.get(name)
+        expected = a if middle is None else middle + (a - middle) / 2
+        assert torch.allclose(b, expected, atol=1e-6) and len(a.unique()) > 1, name
 
 
 def test_draws_have_transfgus_ranges_and_probabilities():
-    d = np.stack([data.draw(0, e, s) for e in range(1, 5) for s in range(1000)]).astype(np.float64)
-    scale, y, x, flip, *jitter, grey, sigma = d.T
-    jitter, jittered = np.stack(jitter), jitter[0] != 1
-    assert 0.4 <= scale.min() < 0.41 and 0.99 < scale.max() <= 1
-    for edge in (x, y):
-        share = edge / (1 - scale)                        # uniform over where the square fits
-        assert (edge.min() >= 0 and (edge + scale).max() <= 1 + 1e-6
-                and abs(share[scale < 0.99].mean() - 0.5) < 0.02)
-    assert abs(np.corrcoef(x / (1 - scale), y / (1 - scale))[0, 1]) < 0.05
-    assert set(flip) == set(grey) == {0, 1}
-    for share, probability in ((flip, 0.5), (jittered, 0.3), (grey, 0.2), (sigma > 0, 0.2)):
+    draws = [torch.cat(d).double().numpy() for d in zip(*(data.draw(0, e, range(1000)) for e in range(1, 5)))]
+    d = data.Draws(*draws)
+    jitter, jittered = np.stack([d.brightness, d.contrast, d.saturation, d.hue]), d.brightness != 1
+    assert 0.4 <= d.scale.min() < 0.41 and 0.99 < d.scale.max() <= 1
+    for edge in (d.x, d.y):
+        share = edge / (1 - d.scale)                      # uniform over where the square fits
+        assert (edge.min() >= 0 and (edge + d.scale).max() <= 1 + 1e-6
+                and abs(share[d.scale < 0.99].mean() - 0.5) < 0.02)
+    assert abs(np.corrcoef(d.x / (1 - d.scale), d.y / (1 - d.scale))[0, 1]) < 0.05
+    assert set(d.flip) == set(d.grey) == {0, 1}
+    for share, probability in ((d.flip, 0.5), (jittered, 0.3), (d.grey, 0.2), (d.sigma > 0, 0.2)):
         assert abs(share.mean() - probability) < 0.03
     assert (jitter[:3, ~jittered] == 1).all() and (jitter[3, ~jittered] == 0).all()
     for factor in jitter[:3, jittered]:
         assert 0.2 <= factor.min() < 0.25 and 1.75 < factor.max() <= 1.8001
     assert -0.2001 <= jitter[3].min() < -0.19 and 0.19 < jitter[3].max() <= 0.2001
-    assert 1 <= sigma[sigma > 0].min() < 1.05 and 1.95 < sigma.max() <= 2
+    assert 1 <= d.sigma[d.sigma > 0].min() < 1.05 and 1.95 < d.sigma.max() <= 2
 
 
 def _augmented(image, **change):
     """`augment` with neutral draws but for the named ones."""
-    names = ("brightness", "contrast", "saturation", "hue", "grey", "sigma")
-    draws = torch.tensor([[1.0, 0, 0, 0, 1, 1, 1, 0, 0, 0]] * len(image))
-    for name, value in change.items():
-        draws[:, 4 + names.index(name)] = value
-    return data.augment(image, draws)
+    return data.augment(image, _draws(*[(1, 0, 0, 0)] * len(image), **change))
 
 
 def test_augmentation_keeps_the_range_is_per_image_and_changes_nothing_when_neutral():
     image = torch.rand(40, 3, 12, 9)
-    draws = torch.from_numpy(np.stack([data.draw(0, 1, s) for s in range(40)]))
-    out = data.augment(image, draws)
+    out = data.augment(image, data.draw(0, 1, range(40)))
     assert out.shape == image.shape and 0 <= out.min() and out.max() <= 1 and (out - image).abs().max() > 0.1
-    alone = torch.cat([data.augment(image[i:i + 1], draws[i:i + 1]) for i in range(40)])
+    alone = torch.cat([data.augment(image[i:i + 1], data.draw(0, 1, [i])) for i in range(40)])
     assert torch.allclose(out, alone, atol=1e-6)
     assert torch.allclose(_augmented(image), image, atol=1e-6)
 
@@ -1246,7 +1308,60 @@ def test_blur_is_a_3_by_3_gaussian_with_mirrored_edges(sigma):
     assert torch.allclose(_augmented(image, sigma=sigma), expected, atol=1e-6)
 
 
-# ---- downloads, against a server on this computer
+# ---- checking
+
+
+def test_check_lists_every_problem_once(tmp_path):
+    _voc(tmp_path, n=9)
+    images, labels = data.VOC(tmp_path).images, data.VOC(tmp_path).labels
+    assert get_data.check(data.VOC(tmp_path)) == []
+    images[0].write_bytes(b"no image")                                            # met by both: listed once
+    images[1].unlink()
+    _save(labels[2], np.zeros((10, 13), np.uint8))                                # 14 x 10 is right
+    _save(labels[3], np.full((10, 15), 21, np.uint8))
+    _save(labels[4], ("RGB", (16, 10), (1, 1, 1)))
+    labels[5].write_bytes(labels[5].read_bytes()[:30])
+    _save(images[6], np.random.default_rng(0).integers(0, 256, (10, 18, 3), np.uint8))
+    images[6].write_bytes(images[6].read_bytes()[:-80])                           # its end and label missing
+    labels[6].unlink()
+    problems = get_data.check(data.VOC(tmp_path))
+    for file, reason in [(images[0], "no JPEG"), (images[1], "No such file"),
+                         (labels[2], "13 x 10, its image 14 x 10"), (labels[3], "21"), (labels[4], "RGB"),
+                         (labels[5], ""), (images[6], "truncated"), (labels[6], "No such file")]:
+        assert len([p for p in problems if p.startswith(f"{file}: ") and reason in p]) == 1, (file, problems)
+    assert len(problems) == 8 and not any("\n" in p for p in problems)
+
+
+def test_check_exits_with_0_for_a_good_set_and_2_for_a_broken_or_absent_one(tmp_path, monkeypatch, capsys):
+    base = _voc(tmp_path / "VOC2012", aug=True)
+    done = _get_data("voc", "--check", "--root", tmp_path)
+    assert (done.returncode, done.stderr, done.stdout.splitlines()) == (
+        0, "", ["voc train: 2 images, 1464 published, 0 problems",
+                "voc val: 1 images, 1449 published, 0 problems"])
+    _save(base / "SegmentationClass/2007_000000.png", np.full((10, 12), 99, np.uint8))
+    (base / "JPEGImages/2007_000002.jpg").unlink()
+    done = _get_data("voc", "--check", "--root", tmp_path)
+    assert done.returncode == 2 and not done.stderr and done.stdout.count("1 problems") == 2
+    assert "2007_000000.png: label value 99" in done.stdout and "2007_000002.jpg: cannot read" in done.stdout
+    assert get_data.check_splits("voc-aug", tmp_path) == 2
+    assert "voc-aug train: 3 images, 10582 published, 1 problems" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["get_data.py", "coco80", "--check", "--root", str(tmp_path)])
+    with pytest.raises(SystemExit, match="2"):
+        get_data.main()
+    error = capsys.readouterr().err
+    assert error.startswith(f"get_data.py: {tmp_path}/images/train2017: ") and error.count("\n") == 1
+
+
+def test_a_name_that_is_not_utf_8_does_not_end_the_list_of_problems(tmp_path):
+    (Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.jpg"))).write_bytes(b"x")
+    (tmp_path / "z.jpg").write_bytes(b"x")
+    done = _get_data("folder", "--check", "--root", tmp_path,
+                     env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"})
+    assert done.returncode == 2 and not done.stderr
+    assert "folder all: 2 images, 2 problems" in done.stdout and "caf\\udce9.jpg: cannot" in done.stdout
+
+
+# ---- downloads, against servers on this computer
 
 
 class _Host(http.server.BaseHTTPRequestHandler):
@@ -1265,6 +1380,7 @@ class _Host(http.server.BaseHTTPRequestHandler):
             return
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", str(len(body) - start))
+        self.send_header("Content-Type", server.kind)
         self.end_headers()
         cut = name in server.breaks
         server.breaks.discard(name)
@@ -1276,10 +1392,11 @@ class _Host(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def host(monkeypatch):
-    """A server on localhost: host.files, host.breaks, host.ranges, host.seen, host.url."""
+    """A server on localhost: host.files, host.breaks, host.ranges, host.kind, host.seen, host.url."""
     monkeypatch.setenv("no_proxy", "*")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Host) as server:
         server.files, server.breaks, server.ranges, server.seen = {}, set(), True, []
+        server.kind = "application/octet-stream"
         server.url = f"http://127.0.0.1:{server.server_port}"
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         yield server
@@ -1305,51 +1422,88 @@ def _archive(kind, files):
     return stream.getvalue()
 
 
+def _dead_address():
+    """An address on this computer where nobody listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{free.getsockname()[1]}"
+
+
+def _made_archive(name, body, *urls, folder="made"):
+    return get_data.Archive(name, urls, hashlib.md5(body).hexdigest(), folder)
+
+
+def test_each_address_that_fails_is_one_line_and_the_next_one_is_tried(host, tmp_path, capsys):
+    body = np.random.default_rng(0).bytes(3_000_001)
+    host.files |= {"/broken/a.tar": body, "/wrong/a.tar": b"another file", "/right/a.tar": body}
+    host.breaks.add("/broken/a.tar")
+    there = [f"{host.url}/{place}/a.tar" for place in ("none", "broken", "wrong", "right")]
+    urls = (f"{_dead_address()}/a.tar", *there)
+    file = get_data.fetch(_made_archive("a.tar", body, *urls), tmp_path)
+    assert file == tmp_path / "a.tar" and file.read_bytes() == body and os.listdir(tmp_path) == ["a.tar"]
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("a.tar: from ")]
+    reasons = ("refused", "404", "broke off after 1500000 of 3000001 bytes", "sent another file")
+    for line, url, reason in zip(lines, urls[:4], reasons, strict=True):
+        assert line.startswith(f"{url}: ") and reason in line
+    assert host.seen[2:] == [("/wrong/a.tar", "bytes=1500000-"), ("/wrong/a.tar", None),
+                             ("/right/a.tar", None)]
+
+
 @pytest.mark.parametrize("ranges", (True, False))
 def test_a_broken_transfer_goes_on_where_it_stopped_if_the_host_can(host, tmp_path, ranges):
     body = np.random.default_rng(0).bytes(3_000_001)
     host.files["/a.tar"], host.ranges = body, ranges
     host.breaks.add("/a.tar")
-    _refused(lambda: data.fetch(f"{host.url}/a.tar", tmp_path / "a.tar"), f"{host.url}/a.tar",
-             "1500000 of 3000001")
-    assert not (tmp_path / "a.tar").exists() and (tmp_path / "a.tar.part").read_bytes() == body[:1_500_000]
-    digest = data.fetch(f"{host.url}/a.tar", tmp_path / "a.tar", hashlib.md5(body).hexdigest())
-    assert digest == hashlib.md5(body).hexdigest() and (tmp_path / "a.tar").read_bytes() == body
-    assert (host.seen == [("/a.tar", None), ("/a.tar", "bytes=1500000-")]
-            and not (tmp_path / "a.tar.part").exists())
+    archive = _made_archive("a.tar", body, f"{host.url}/a.tar")
+    _refused(lambda: get_data.fetch(archive, tmp_path), "a.tar: could not be downloaded", "--url",
+             f"put the file into {tmp_path}", f"unpack it so that {tmp_path / 'made'} exists")
+    assert os.listdir(tmp_path) == ["a.tar.part"]
+    assert (tmp_path / "a.tar.part").read_bytes() == body[:1_500_000]
+    assert get_data.fetch(archive, tmp_path).read_bytes() == body and os.listdir(tmp_path) == ["a.tar"]
+    assert host.seen == [("/a.tar", None), ("/a.tar", "bytes=1500000-")]
+    assert get_data.fetch(archive, tmp_path) and len(host.seen) == 2              # it is there: no request
 
 
-def test_a_part_that_is_complete_is_taken_and_one_that_is_too_long_is_removed(host, tmp_path):
-    host.files["/a.tar"] = b"0123456789"
-    part = tmp_path / "a.tar.part"
-    part.write_bytes(b"0123456789")                       # killed between the last byte and the renaming
-    assert data.fetch(f"{host.url}/a.tar", tmp_path / "a.tar") == hashlib.md5(b"0123456789").hexdigest()
-    (tmp_path / "a.tar").unlink()
-    part.write_bytes(b"of another, longer file")
-    _refused(lambda: data.fetch(f"{host.url}/a.tar", tmp_path / "a.tar"), part, "removed", "same command")
-    data.fetch(f"{host.url}/a.tar", tmp_path / "a.tar")
-    assert (tmp_path / "a.tar").read_bytes() == b"0123456789"
+def test_a_web_page_in_place_of_the_file_spoils_no_earlier_part(host, tmp_path):
+    body = np.random.default_rng(0).bytes(1000)
+    host.files["/page"], host.ranges, host.kind = b"<html>We have moved</html>", False, "text/html"
+    (tmp_path / "a.tar.part").write_bytes(body[:300])
+    _refused(lambda: get_data.fetch(_made_archive("a.tar", body, f"{host.url}/page"), tmp_path), "a.tar")
+    assert (tmp_path / "a.tar.part").read_bytes() == body[:300]
 
 
-def test_a_file_with_a_wrong_md5_is_named_and_removed(host, tmp_path):
-    host.files["/a.tar"] = b"not what was published"
-    _refused(lambda: data.fetch(f"{host.url}/a.tar", tmp_path / "a.tar", "0" * 32), f"{host.url}/a.tar",
-             hashlib.md5(b"not what was published").hexdigest(), "0" * 32)
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize("part", (b"0123456789", b"of another, longer file", b"01xxx", b"0123456xxx"))
+def test_a_part_is_completed_and_one_of_another_file_is_removed(host, tmp_path, part):
+    host.files["/a.tar"] = b"0123456789"                  # the first: killed before its renaming
+    (tmp_path / "a.tar.part").write_bytes(part)
+    file = get_data.fetch(_made_archive("a.tar", b"0123456789", f"{host.url}/a.tar"), tmp_path)
+    assert file.read_bytes() == b"0123456789" and os.listdir(tmp_path) == ["a.tar"]
 
 
-def test_a_host_that_cannot_be_used_is_one_line(host, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))                       # taken, but nobody listens
-        url = f"http://127.0.0.1:{free.getsockname()[1]}/a.tar"
-        _refused(lambda: data.fetch(url, tmp_path / "a.tar"), url, "refused", "--url")
-    _refused(lambda: data.fetch(f"{host.url}/none.tar", tmp_path / "a.tar"), f"{host.url}/none.tar",
-             "404", "--url")
-    for url in ("http://127.0.0.1:port/a.tar", "a.tar", "http://127.0.0.1:1\u00e4/a.tar",
-                "gopher://127.0.0.1/a.tar"):
-        _refused(lambda: data.fetch(url, tmp_path / "a.tar"), url, "--url")
-    broken_off = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nab"
-    for answer in (b"hello\r\n\r\n", broken_off):
+def test_files_without_a_published_sum_have_to_be_zip_files(host, tmp_path):
+    host.files |= {"/a.zip": b"sorry, no longer here", "/b.zip": _archive("zip", {"a": b"one"})}
+    archive = get_data.Archive("a.zip", (f"{host.url}/a.zip", f"{host.url}/b.zip"), None, "a")
+    assert get_data.fetch(archive, tmp_path).read_bytes() == host.files["/b.zip"]
+
+
+def test_a_file_that_lies_there_is_believed_only_with_its_md5(host, tmp_path):
+    (tmp_path / "a.tar").write_bytes(b"something")
+    archive = _made_archive("a.tar", b"published", f"{host.url}/a.tar")
+    _refused(lambda: get_data.fetch(archive, tmp_path), tmp_path / "a.tar", archive.md5, "remove it")
+    assert (tmp_path / "a.tar").read_bytes() == b"something" and not host.seen
+
+
+def test_odd_addresses_and_odd_answers_are_one_line(tmp_path, capsys):
+    def ask(url):
+        _refused(lambda: get_data.fetch(_made_archive("a.tar", b"x", url), tmp_path), "a.tar")
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 2 and lines[1].startswith(f"{url}: ") and lines[1][len(url) + 2:], lines
+        assert not os.listdir(tmp_path)
+
+    for url in ("http://127.0.0.1:port/a.tar", "a.tar", "http://127.0.0.1:1\u00e4/a.tar", "http://[/a.tar",
+                "gopher://127.0.0.1/a.tar", f"file://{tmp_path}/none.tar"):
+        ask(url)
+    for answer in (b"hello\r\n\r\n", b"", b"HTTP/1.1 200 OK\r\nContent-Length: many\r\n\r\n"):
         with socket.create_server(("127.0.0.1", 0)) as odd:
             def reply():
                 with odd.accept()[0] as connection:
@@ -1357,10 +1511,50 @@ def test_a_host_that_cannot_be_used_is_one_line(host, tmp_path):
                     connection.sendall(answer)
             thread = threading.Thread(target=reply, daemon=True)
             thread.start()
-            url = f"http://127.0.0.1:{odd.getsockname()[1]}/a.tar"
-            _refused(lambda: data.fetch(url, tmp_path / "a.tar"), url, "--url")
+            ask(f"http://127.0.0.1:{odd.getsockname()[1]}/a.tar")
             thread.join(5)
-    assert not (tmp_path / "a.tar").exists()
+
+
+FULL = """
+import resource, sys
+from tools import get_data
+resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))
+sys.argv = ["get_data.py", *sys.argv[2:]]
+get_data.VOC = get_data.Archive("a.tar", (sys.argv.pop(),) * 2, "0" * 32, "VOCdevkit")
+get_data.ARCHIVES["voc"] = (get_data.VOC,)
+get_data.main()
+"""
+
+
+def test_a_full_disk_is_named_and_what_was_fetched_is_kept(host, tmp_path):
+    """Files may not grow beyond 2 MB in that process, which is what a file system that is full looks like."""
+    body = np.random.default_rng(0).bytes(3_000_001)
+    host.files["/a.tar"] = body
+    done = subprocess.run([sys.executable, "-c", FULL, "", "voc", "--root", tmp_path, f"{host.url}/a.tar"],
+                          cwd=HERE, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and len(host.seen) == 1, done.stderr              # no other address is asked
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"get_data.py: {tmp_path}/a.tar.part: File too large; what was fetched is kept")
+    kept = (tmp_path / "a.tar.part").read_bytes()
+    assert len(kept) >= 1 << 20 and body.startswith(kept)
+    (tmp_path / "a.tar.part").unlink()
+    (tmp_path / "a.tar.part").symlink_to("/dev/full")
+    _refused(lambda: get_data.fetch(_made_archive("a.tar", body, f"{host.url}/a.tar"), tmp_path),
+             tmp_path / "a.tar.part", "No space left on device", "make room")
+
+
+def test_progress_moves_on_a_terminal_and_is_a_line_now_and_then_in_a_file(host, tmp_path, monkeypatch):
+    host.files["/a.tar"] = body = bytes(5 << 20)
+    clock = iter(range(0, 10_000, 20))                    # 20 seconds between any two looks
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    for terminal, end in ((False, "\n"), (True, "\r")):
+        stream = io.StringIO()
+        monkeypatch.setattr(stream, "isatty", lambda: terminal)
+        monkeypatch.setattr(sys, "stderr", stream)
+        get_data.fetch(_made_archive("a.tar", body, f"{host.url}/a.tar"), tmp_path).unlink()
+        shown = re.findall(r"a\.tar: (\d+) of 5 MB(.)", stream.getvalue(), re.DOTALL)
+        assert {e for _, e in shown} == {end} and 2 <= len(shown) <= 5 and stream.getvalue().endswith("\n")
+        assert [int(n) for n, _ in shown] == sorted(int(n) for n, _ in shown)
 
 
 @pytest.mark.parametrize("kind", ("tar", "zip"))
@@ -1368,16 +1562,19 @@ def test_archives_are_unpacked_and_damaged_ones_named(tmp_path, kind):
     noise = np.random.default_rng(0).integers(0, 4, 20_000).astype(np.uint8).tobytes()
     whole, file = _archive(kind, {"VOC/a.txt": b"one", "VOC/b/c.bin": noise}), tmp_path / "archive"
     file.write_bytes(whole)
-    data.unpack(file, tmp_path / "out")
+    get_data.unpack(file, tmp_path / "out")
     assert ((tmp_path / "out/VOC/a.txt").read_bytes() == b"one"
             and (tmp_path / "out/VOC/b/c.bin").read_bytes() == noise)
     for damaged in [whole[:len(whole) // 2], b"", b"<html>moved</html>"]:
         file.write_bytes(damaged)
-        _refused(lambda: data.unpack(file, tmp_path / "out"), file, "cannot unpack")
+        _refused(lambda: get_data.unpack(file, tmp_path / "out"), file, "cannot unpack")
     if kind == "zip":                                     # a tar has no checksums of contents
         for at in range(100, 2000, 190):
             file.write_bytes(whole[:at] + bytes(b ^ 0xFF for b in whole[at:at + 30]) + whole[at + 30:])
-            _refused(lambda: data.unpack(file, tmp_path / "out"), file, "cannot unpack")
+            _refused(lambda: get_data.unpack(file, tmp_path / "out"), file, "cannot unpack")
+    file.write_bytes(whole)
+    (tmp_path / "VOC").write_text("in the way")
+    _refused(lambda: get_data.unpack(file, tmp_path), file, tmp_path, "mend that")
 
 
 @pytest.mark.parametrize("kind, files", (
@@ -1387,39 +1584,30 @@ def test_archives_are_unpacked_and_damaged_ones_named(tmp_path, kind):
     ("zip", {"good": b"1", "/evil": b"!"})))
 def test_an_archive_that_leads_out_of_its_folder_is_refused(tmp_path, kind, files):
     (tmp_path / "archive").write_bytes(_archive(kind, files))
-    _refused(lambda: data.unpack(tmp_path / "archive", tmp_path / "out"), tmp_path / "archive")
+    _refused(lambda: get_data.unpack(tmp_path / "archive", tmp_path / "out"), tmp_path / "archive")
     assert {p.name for p in tmp_path.rglob("*")} <= {"archive", "out"} and not Path("/evil").exists()
 
 
-def _voc_tar(tmp_path):
+def _tar_of(folder):
+    files = [f for f in folder.rglob("*") if f.is_file()]
+    return _archive("tar", {str(f.relative_to(folder)): f.read_bytes() for f in files})
+
+
+def _use(monkeypatch, name, *archives):
+    monkeypatch.setitem(get_data.ARCHIVES, name, archives)
+
+
+def test_voc_downloads_and_loads(host, tmp_path, monkeypatch):
     _voc(tmp_path / "made" / "VOCdevkit" / "VOC2012")
-    files = [f for f in (tmp_path / "made").rglob("*") if f.is_file()]
-    return _archive("tar", {str(f.relative_to(tmp_path / "made")): f.read_bytes() for f in files})
-
-
-def test_voc_downloads_from_another_address_and_loads(host, tmp_path):
-    host.files["/x.tar"] = _voc_tar(tmp_path)
-    done = _run("--download", "voc", "--url", f"{host.url}/x.tar?token=1", "--root", tmp_path / "root")
-    assert done.returncode == 0, done.stderr
-    assert hashlib.md5(host.files["/x.tar"]).hexdigest() in done.stdout and "nothing published" in done.stdout
-    assert data.check(data.VOC(tmp_path / "root")) == [] and len(data.VOC(tmp_path / "root", "val")) == 1
-
-
-def test_a_mirror_of_a_published_file_must_have_its_md5(host, tmp_path, monkeypatch, capsys):
-    address, published, _ = data.FILES["voc"][0]
-    name = address.rsplit("/", 1)[1]
-    host.files[f"/mirror/{name}"] = body = _voc_tar(tmp_path)
-    _refused(lambda: data.download("voc", tmp_path / "root", f"{host.url}/mirror/{name}"), published,
-             "removed")
-    assert not list((tmp_path / "root").iterdir())
-    (tmp_path / "root" / name).write_bytes(body)          # nor is a file that lies there already believed
-    _refused(lambda: data.download("voc", tmp_path / "root"), tmp_path / "root" / name, published)
-    assert (tmp_path / "root" / name).read_bytes() == body and len(host.seen) == 1
-    monkeypatch.setitem(data.FILES, "voc",
-                        [(f"{host.url}/mirror/{name}", hashlib.md5(body).hexdigest(), ".")])
-    data.download("voc", tmp_path / "root")               # the right MD5: unpacked without another request
-    assert ("as published" in capsys.readouterr().out and len(host.seen) == 1
-            and len(data.VOC(tmp_path / "root")) == 2)
+    host.files["/x"] = body = _tar_of(tmp_path / "made")
+    root, address = tmp_path / "root", f"{_dead_address()}/VOC.tar"
+    _use(monkeypatch, "voc", _made_archive("VOC.tar", body, address, folder="VOCdevkit"))
+    _refused(lambda: get_data.download("voc", root), "VOC.tar", "--url", root / "VOCdevkit")
+    get_data.download("voc", root, f"{host.url}/x?token=1")                       # at another address
+    assert get_data.check(data.VOC(root)) == [] and len(data.VOC(root, "val")) == 1
+    shutil.rmtree(root / "VOCdevkit")
+    get_data.download("voc", root)                        # the archive is there: no address is asked
+    assert len(data.VOC(root)) == 2 and len(host.seen) == 1
 
 
 def test_coco_comes_in_three_archives_and_each_can_have_another_address(host, tmp_path, monkeypatch):
@@ -1430,23 +1618,105 @@ def test_coco_comes_in_three_archives_and_each_can_have_another_address(host, tm
         host.files[f"/{split}.zip"] = _archive("zip", {f"{split}/{name}": jpg[name] for name in jpg})
     maps = {f"{split}/{name}": png[name] for split in ("train2017", "val2017") for name in png}
     host.files["/stuffthingmaps_trainval2017.zip"] = _archive("zip", maps)
-    published = data.FILES["coco80"]
-    assert ["/" + address.rsplit("/", 1)[1] for address, _, _ in published] == list(host.files)
-    _refused(lambda: data.download("coco80", tmp_path / "root", f"{host.url}/x.zip"), "which file",
+    published = get_data.ARCHIVES["coco80"]
+    assert [f"/{archive.name}" for archive in published] == list(host.files)
+    _refused(lambda: get_data.download("coco80", tmp_path / "root", f"{host.url}/x.zip"), "which file",
              "train2017.zip")
-    data.download("coco80", tmp_path / "root", f"{host.url}/stuffthingmaps_trainval2017.zip")
+    get_data.download("coco80", tmp_path / "root", f"{host.url}/stuffthingmaps_trainval2017.zip?x=1")
     assert host.seen == [("/stuffthingmaps_trainval2017.zip", None)]
-    moved = [(host.url + name, None, below) for name, (_, _, below) in zip(host.files, published)]
-    monkeypatch.setitem(data.FILES, "coco80", moved)
-    data.download("coco80", tmp_path / "root")
+    _use(monkeypatch, "coco80", *(a._replace(urls=(f"{host.url}/{a.name}",)) for a in published))
+    get_data.download("coco80", tmp_path / "root")
     assert [n for n, _ in host.seen[1:]] == ["/train2017.zip", "/val2017.zip"]    # the rest is there already
     assert [data.COCO(tmp_path / "root", split).ids for split in ("train", "val")] == [["a"], ["a"]]
 
 
-def test_what_cannot_be_downloaded_says_where_it_comes_from(tmp_path):
-    _refused(lambda: data.download("voc-aug", tmp_path), "README")
-    _refused(lambda: data.download("shapes", tmp_path), "shapes")
-    _refused(lambda: data.download("voc", tmp_path, "http://127.0.0.1/"), "http://127.0.0.1/", "VOCtrainval")
+def _sbd(masks, train, val):
+    """SBD's archive: {id: value of every pixel} as cls/ID.mat, and its two lists."""
+    files = {"train.txt": "\n".join(train).encode(), "val.txt": ("\n".join(val) + "\n").encode()}
+    for name, value in masks.items():
+        stream, image = io.BytesIO(), np.full((10, 12), value, np.uint8)
+        image[0, 0] = 20                                  # so that rows and columns are told apart
+        savemat(stream, {"GTcls": {"Boundaries": np.zeros(20), "Segmentation": image,
+                                   "CategoriesPresent": value}})
+        files |= {f"cls/{name}.mat": stream.getvalue(), f"img/{name}.jpg": b"not read",
+                  f"inst/{name}.mat": b"not read"}
+    return gzip.compress(
+        _archive("tar", {f"benchmark_RELEASE/dataset/{name}": body for name, body in files.items()}))
+
+
+def test_voc_aug_is_built_from_sbds_archive(host, tmp_path, monkeypatch, capsys):
+    """Of VOC: 2007_000000 and 1 in train, 2 in val. SBD has other masks of 1 and 2, and two images more."""
+    root, base = tmp_path / "root", _voc(tmp_path / "root" / "VOCdevkit" / "VOC2012")
+    for name in ("2008_000007", "2008_000008"):
+        _save(base / "JPEGImages" / f"{name}.jpg", ("RGB", (12, 10), (9, 9, 9)))
+    body = _sbd({"2007_000001": 9, "2007_000002": 9, "2008_000007": 7, "2008_000008": 8},
+                ("2008_000008", "2007_000002"), ("2008_000007", "2007_000001"))
+    host.files["/benchmark.tgz"] = body
+    monkeypatch.setattr(get_data, "SBD", get_data.SBD._replace(
+        urls=(f"{host.url}/benchmark.tgz",), md5=hashlib.md5(body).hexdigest()))
+    get_data.download("voc-aug", root)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.endswith("train_aug.txt: 4 images, not the published 10582: is VOC or SBD whole?")
+    assert (base / "ImageSets/Segmentation/train_aug.txt").read_text().split() == [
+        "2007_000000", "2007_000001", "2008_000007", "2008_000008"]
+    aug = data.dataset("voc-aug", root, "train")
+    assert [int(aug.label(i)[5, 5]) for i in range(4)] == [0, 1, 7, 8]            # VOC's own where it has one
+    assert aug.label(2)[0, 0] == 20 and (aug.label(2) == 7).sum() == 119 and get_data.check(aug) == []
+    with Image.open(aug.labels[2]) as image:
+        assert image.mode == "P" and image.getpalette() == data.palette().flatten().tolist()
+    assert sorted(f.name for f in (base / "SegmentationClassAug").iterdir()) == [f"{i}.png" for i in aug.ids]
+
+    before = [os.stat(f).st_mtime_ns for f in aug.labels]
+    aug.labels[3].unlink()                                # interrupted: the rest is not made again
+    get_data.download("voc-aug", root)
+    assert [os.stat(f).st_mtime_ns for f in aug.labels[:3]] == before[:3] and (aug.label(3) == 8).any()
+    assert len(host.seen) == 1
+
+
+def test_an_sbd_that_lacks_a_mask_or_is_damaged_is_named_and_voc_has_to_be_there(tmp_path, monkeypatch):
+    root, file = tmp_path / "root", tmp_path / "root" / "benchmark.tgz"
+    _refused(lambda: get_data.download("voc-aug", root), f"get_data.py voc --root {root}")
+    base = _voc(root / "VOC2012")
+    monkeypatch.setattr(get_data, "SBD", get_data.SBD._replace(md5=None))
+    whole = _sbd({"a": 3}, ("a", "b"), ("c",))
+    other = gzip.compress(gzip.decompress(whole).replace(b"GTcls", b"GTxyz"))
+    for body, reason in ((whole, "masks of only 3 of 5 images, not of b"), (whole[:300], "cannot read"),
+                         (b"", "cannot read"), (other, "cannot read")):
+        file.write_bytes(body)
+        shutil.rmtree(base / "SegmentationClassAug", ignore_errors=True)
+        _refused(lambda: get_data.download("voc-aug", root), file, reason, "remove it")
+        assert not (base / "ImageSets/Segmentation/train_aug.txt").exists()
+
+
+def test_options_that_make_no_sense_are_refused(tmp_path, monkeypatch, capsys):
+    for options, reason in ((["shapes"], "nothing to download"), (["folder"], "nothing to download"),
+                            (["voc", "--check", "--url", "http://a/b"], "--url is for downloads"),
+                            (["imagenet"], "invalid choice"), ([], "required")):
+        monkeypatch.setattr(sys, "argv", ["get_data.py", *options, "--root", str(tmp_path)])
+        with pytest.raises(SystemExit, match="2"):
+            get_data.main()
+        assert reason in capsys.readouterr().err
+
+
+def test_ctrl_c_during_a_download_is_one_line_and_keeps_what_came(host, tmp_path, monkeypatch, capsys):
+    body = np.random.default_rng(0).bytes(3_000_001)
+    host.files["/a.tar"] = body
+    _use(monkeypatch, "voc", _made_archive("a.tar", body, f"{host.url}/a.tar"))
+    looks = iter([0, 0])                                  # of the clock: at the start, after 1 MB
+
+    def look():
+        try:
+            return next(looks)
+        except StopIteration:
+            raise KeyboardInterrupt from None
+
+    monkeypatch.setattr(time, "monotonic", look)
+    monkeypatch.setattr(sys, "argv", ["get_data.py", "voc", "--root", str(tmp_path)])
+    with pytest.raises(SystemExit, match="130"):
+        get_data.main()
+    assert capsys.readouterr().err.endswith("\nget_data.py: stopped; the same command goes on from here\n")
+    kept = (tmp_path / "a.tar.part").read_bytes()
+    assert 1 << 20 <= len(kept) < len(body) and body.startswith(kept)
 
 
 # ----------------------------------------------------------------------------

@@ -27,20 +27,21 @@ HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
 import data                                               # noqa: E402
 from model import BACKBONES                               # noqa: E402
+from train import SETTINGS                                # noqa: E402
 
-# row: (name, the three check marks of Table 4, options of train.py)
+# row: (name, the three check marks of Table 4, options of train.py); NO_SEG: the data set's lambdas, L_seg's 0
 ROWS = {
-    "baseline": ("L_CE + L_un + L_cls", "   ", "--no-seg-loss --no-aspp --no-par"),
-    "seg": ("+ L_seg", "✓  ", "--no-aspp --no-par"),
-    "aspp": ("+ ASPP", " ✓ ", "--no-seg-loss --no-par"),
-    "par": ("+ PAR", "  ✓", "--no-seg-loss --no-aspp"),
+    "baseline": ("L_CE + L_un + L_cls", "   ", "NO_SEG --aspp none --par"),
+    "seg": ("+ L_seg", "✓  ", "--aspp none --par"),
+    "aspp": ("+ ASPP", " ✓ ", "NO_SEG --par"),
+    "par": ("+ PAR", "  ✓", "NO_SEG --aspp none"),
     "all": ("all (DMSA)", "✓✓✓", ""),
-    "no-seg": ("all, without L_seg", " ✓✓", "--no-seg-loss"),
-    "no-aspp": ("all, without ASPP", "✓ ✓", "--no-aspp"),
-    "no-par": ("all, without PAR", "✓✓ ", "--no-par"),
-    "static": ("all, DeepLabV3+'s rates in every epoch", "✓✓✓", "--static-aspp"),
-    "afa": ("all, PAR with AFA's dilations", "✓✓✓", "--par-dilations 1 2 4 8 12 24"),
-    "no-teacher": ("all, without a teacher", "✓✓✓", "--no-teacher"),
+    "no-seg": ("all, without L_seg", " ✓✓", "NO_SEG"),
+    "no-aspp": ("all, without ASPP", "✓ ✓", "--aspp none"),
+    "no-par": ("all, without PAR", "✓✓ ", "--par"),
+    "static": ("all, DeepLabV3+'s rates in every epoch", "✓✓✓", "--aspp static"),
+    "afa": ("all, PAR with AFA's dilations", "✓✓✓", "--par 1 2 4 8 12 24"),
+    "no-teacher": ("all, without a teacher", "✓✓✓", "--teacher none"),
     "transfgu": ("TransFGU", "   ", "--preset transfgu"),
     "released": ("DMSA as its authors released it", "✓  ", "--preset released"),
 }
@@ -60,7 +61,7 @@ def run(folder, options):
     command = [sys.executable, str(HERE / "train.py"), *options, "--out", str(folder)]
     print(f"\n{' '.join(command)}", file=sys.stderr, flush=True)
     child = subprocess.Popen(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
-    signal.signal(signal.SIGTERM, lambda number, frame: child.send_signal(number))    # it saves, both end
+    signal.signal(signal.SIGTERM, lambda number, frame: child.send_signal(number))    # both end
     errors, code = child.communicate()[1], child.returncode
     if code:
         reason = (errors.strip() or f"ended with code {code}").splitlines()[-1]
@@ -144,14 +145,15 @@ def main():
     if fixed:
         p.error(f"{', '.join(sorted(fixed))}: not behind --; what runs is given by the options before it")
     args.seeds = list(dict.fromkeys(args.seeds))
-    # Ctrl-C goes to train.py too, which finishes its step, saves, and says so by its exit code
+    # Ctrl-C goes to train.py too, which says so by its exit code
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    no_seg = " ".join(map(str, ("--lambdas", 0, *SETTINGS[args.data]["lambdas"][1:])))
     common = ["--data", args.data, *(["--backbone", args.backbone] if args.backbone else []), *args.options]
     found = {row: {} for row in args.rows}
     for seed in args.seeds:                               # seed by seed: the rows share the caches of a seed
         for row in found:
             records = run(Path(args.out) / "-".join(filter(None, (args.data, args.backbone, row, str(seed)))),
-                          [*common, *ROWS[row][2].split(), "--seed", str(seed)])
+                          [*common, *ROWS[row][2].replace("NO_SEG", no_seg).split(), "--seed", str(seed)])
             if records:
                 found[row][seed] = records
     count = {row: len(runs) for row, runs in found.items() if len(runs) < len(args.seeds)}

@@ -41,7 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cam                                                # noqa: E402
 import data                                               # noqa: E402
 import train                                              # noqa: E402
-from losses import dmsa_losses, pixel_counts, pseudo_label  # noqa: E402
+import losses                                             # noqa: E402
 from model import BACKBONES, DMSA, VisionTransformer, normalise      # noqa: E402
 from par import BANDWIDTH, DILATIONS, EPS, ITERATIONS, OMEGA3, PAR  # noqa: E402
 
@@ -160,30 +160,30 @@ def vit_case(size, batch):
 def step_case():
     """One step of each, cropping and augmentation included, at an epoch when the teacher takes part."""
     args, vit, epoch = train.parse(["--data", "voc", "--batch", "8"]), vits8(), 10
-    draws = torch.from_numpy(np.stack([data.draw(0, epoch, i) for i in range(8)]))
-    part = range(8), torch.rand(8, 3, 320, 320), torch.rand(8, 20, 40, 40), draws
-    trainer = train.Trainer(args, vit, data.VOC, None, torch.device("cpu"), None)
+    draws = data.draw(0, epoch, range(8))
+    part = train.Part(range(8), torch.rand(8, 3, 320, 320), torch.rand(8, 20, 40, 40), draws)
+    trainer = train.Trainer(args, vit, data.VOC, {}, torch.device("cpu"))
     args.precision = "bf16"                               # read when a trainer is made
-    half = train.Trainer(args, vit, data.VOC, None, torch.device("cpu"), None)
+    half = train.Trainer(args, vit, data.VOC, {}, torch.device("cpu"))
     plain = DMSA(vit, 21, use_aspp=False, dropout=0.1).train()                    # as TransFGU, Segmenter
-    for head in (plain.student, plain.teacher.module):
+    for head in (plain.student, plain.teacher):
         for block in head.decoder.blocks:
             block.attn.forward = lambda x, attn=block.attn: textbook_attention(attn, x)[0]
-    thing, permutation = torch.arange(21) >= 1, torch.randperm(21)
+    things, permutation = torch.arange(21) >= 1, torch.randperm(21)
     optimizer = torch.optim.Adam(plain.student.parameters(), lr=1e-4, weight_decay=5e-4)
 
     def textbook():
         with torch.no_grad():
-            image, cams, _ = data.crop(*part[1:], args.crop, 8)
-            image = normalise(data.augment(image, draws))
+            image = normalise(data.augment(data.crop(part.image, draws, args.crop), draws))
+            cams = losses.min_max(data.crop(part.cams, draws, args.crop // 8, "area"))
             tokens = textbook_vit(vit, image)[0][:, 1:]                           # of the teacher's encoder
-            teacher = plain.teacher.module.decoder(tokens)[0].unflatten(2, (20, 20))
-            label, foreground = pseudo_label(cams, teacher, lambda maps: maps, 0.5)
+            teacher = plain.teacher.decoder(tokens)[0].unflatten(2, (20, 20))
+            label, confident = losses.pseudo_label(cams, teacher, lambda maps: maps, 0.5)
             tokens = textbook_vit(vit, image)[0][:, 1:]                           # again, of the student's
         logits, embeddings = plain.student.decoder(tokens)
-        counts = pixel_counts(label, foreground, thing)
-        loss = dmsa_losses(logits.unflatten(2, (20, 20)), embeddings, label, foreground, counts, thing,
-                           (0.0, 1.0, 0.3, 1.0), True, permutation, 0.1)
+        counts = losses.pixel_counts(label, confident, things)
+        loss = losses.dmsa_losses(logits.unflatten(2, (20, 20)), embeddings, label, confident, counts, things,
+                                  (0.0, 1.0, 0.3, 1.0), True, permutation, 0.1)
         optimizer.zero_grad()
         loss["all"].backward()
         for p in plain.student.parameters():
@@ -191,7 +191,7 @@ def step_case():
         optimizer.step()
 
     what = "training step, 8 × 160×160, 21 classes, with ASPP and PAR; textbook without"
-    step = lambda t: lambda: t.learn(*t.pseudo_labels([part], epoch), epoch)
+    step = lambda t: lambda: t.train_step(*t.pseudo_labels([part], epoch), epoch, 0)
     return {"ours": step(trainer), "bf16": step(half), "textbook": textbook}, lambda s, mb, out: [
         row(what, s["ours"], s["textbook"]),
         row("the same, `--precision bf16`; textbook in fp32", s["bf16"], s["textbook"])]
@@ -203,7 +203,7 @@ def window_case():
     with torch.no_grad():                                 # the crops that window_features will make
         _, A, _ = cam.last_attention(vit, image)
         boxes = cam.windows(80, 80, scales)
-        kept, _ = cam.select_windows(cam.foreground(A, (80, 80))[0], boxes, 8)
+        kept, _ = cam.select_windows(cam.attended_patches(A, (80, 80))[0], boxes, 8)
         crops = cam.crop_windows(image[0], boxes[kept], 8, 320)
     forms = {"whole": torch.no_grad()(lambda: cam.last_attention(vit, image)[0]),
              "plain": torch.no_grad()(lambda: vit(crops)[0][:, 0]),
@@ -235,20 +235,20 @@ def data_case():
         np.save(file(f"{i}.npy"), maps[i])
 
     def cut(image, cams, draws):
-        image, cams, _ = data.crop(image, cams, draws, args.crop, 8)
-        return data.augment(image, draws)
+        data.crop(cams, draws, args.crop // 8, "area")    # timed, as training needs it
+        return data.augment(data.crop(image, draws, args.crop), draws)
 
     def ours():
-        (_, [(_, image, cams, draws)], _), = train.batches(args, images, maps, 1, 0, torch.device("cpu"))
-        return cut(image, cams, draws)
+        (([part], _),) = train.batches(args, images, maps, 1, torch.device("cpu"))
+        return cut(part.image, part.cams, part.draws)
 
     def textbook():
         out = []
         for i in np.random.default_rng((args.seed, 1)).permutation(args.batch):
             image = torch.from_numpy(data.squash(data.open_image(file(f"{i}.jpg")), 320))
             image = image.permute(2, 0, 1).float() / 255
-            cams, draws = np.load(file(f"{i}.npy")), data.draw(args.seed, 1, int(i))
-            out.append(cut(image[None], torch.from_numpy(cams)[None].float(), torch.from_numpy(draws)[None]))
+            cams = torch.from_numpy(np.load(file(f"{i}.npy"))).float()
+            out.append(cut(image[None], cams[None], data.draw(args.seed, 1, [i])))
         return torch.cat(out)
 
     what = "data, 32 augmented crops of 160×160 from a memory map; textbook: from JPEGs, one by one"

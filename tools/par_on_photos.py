@@ -13,7 +13,7 @@ of the arg max, mean over the classes of the image, then over images, in percent
                    image, one-hot: not the one that leads there. An image of one class stays clean
     blurred        each cell the mean of the 5 x 5 around it, fewer at the border
 
-`bilinear` only enlarges the mask, as training does with --no-par.
+`bilinear` only enlarges the mask, as training does with --par and no number.
 """
 
 import argparse
@@ -92,10 +92,10 @@ def main():
                         for f in RESTORED.values()]       # (3, SIZE, SIZE) each
             truth = index[label]
             found.append([[miou(truth, mask, len(classes)) for mask in column] for column in restored])
-    except data.DataError as error:
-        sys.exit(print(f"par_on_photos.py: {error}", file=sys.stderr) or 2)
-    if not found:
-        sys.exit(print(f"par_on_photos.py: {args.root}: no label with a class", file=sys.stderr) or 2)
+        if not found:
+            raise data.UserError(f"{args.root}: no label of val shows a class; give another --root")
+    except OSError as error:
+        sys.exit(data.report(error))
     print(f"{len(found)} images of val at {SIZE}×{SIZE}, masks from {CELLS}×{CELLS}, mIoU over the classes "
           f"of each image, seed {args.seed}\n")
     print("| coarse mask |", " | ".join(RESTORED), "|")

@@ -63,8 +63,9 @@ def views(image, size, area, g):
                          torch.stack([sx * sin * mirror, sy * cos, ty], 1)], 1)
     grid = F.affine_grid(theta, (B, 3, size, size), align_corners=False)
     image = F.grid_sample(image, grid, padding_mode="reflection", align_corners=False)
-    draws = torch.stack([*[torch.zeros(B)] * 4, u(0.6, 1.4), u(0.6, 1.4), u(0.6, 1.4), u(-0.03, 0.03),
-                         (u(0, 1) < 0.05).float(), (u(0, 1) < 0.3) * u(0.5, 1.5)], 1)
+    draws = data.Draws(*[torch.zeros(B)] * 4, brightness=u(0.6, 1.4), contrast=u(0.6, 1.4),
+                       saturation=u(0.6, 1.4), hue=u(-0.03, 0.03), grey=(u(0, 1) < 0.05).float(),
+                       sigma=(u(0, 1) < 0.3) * u(0.5, 1.5))
     return normalise(data.augment(image, draws))
 
 
@@ -131,8 +132,8 @@ def main():
                 pictures = list(pool.map(pair, range(args.images), chunksize=64))
             else:
                 pictures = list(pool.map(photo, data.Folder(args.root).images[:args.images], chunksize=8))
-    except (data.DataError, OSError) as error:
-        sys.exit(print(f"pretrain.py: {error}", file=sys.stderr) or 2)
+    except OSError as error:
+        sys.exit(data.report(error))
     pictures = torch.from_numpy(np.stack(pictures)).permute(0, 1, 4, 2, 3)       # (n, 2, 3, SIZE, SIZE)
     args.batch = min(args.batch, len(pictures))
 
