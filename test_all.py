@@ -2575,9 +2575,9 @@ def test_golden_cross_entropy_and_uncertainty(file):
     z, c = opened(file)
     things, logits = "things_" in file.name, torch.from_numpy(z["masks"]).requires_grad_()
     teacher = torch.from_numpy(z["teacher_logits"]) if c["teacher"] else None
-    label, foreground = losses.pseudo_label(torch.from_numpy(z["pseudo_label"]), teacher, lambda p: p, 0.5,
-                                            things)
-    uncertainty = losses.uncertainty_loss(logits[:, 1:] if things else logits, foreground)
+    cams = losses.min_max(torch.from_numpy(z["pseudo_label"]))
+    label, confident = losses.pseudo_label(cams, teacher, lambda p: p, 0.5, things)
+    uncertainty = losses.uncertainty_loss(logits[:, 1:] if things else logits, confident)
     if "constant" in file.name:
         assert np.isnan(z["loss_uncertainty_mean"]) and uncertainty == 0 and (label == 0).all()
         return
@@ -2660,33 +2660,34 @@ def test_golden_schedule_of_the_teacher(file):
     for s in json.loads(file.read_text()).values():
         args = SimpleNamespace(teacher="reset", teacher_start=s["start"],
                                intervals=[int(i) for i in s["interval"].split(",")])
-        assert train.replacements(s["epochs"], s["start"], args.intervals) == s["teacher_update_epochs"]
+        ours = train.replacements(s["epochs"], s["start"], args.intervals)        # from 1, theirs from 0
+        assert [epoch - 1 for epoch in ours] == s["teacher_update_epochs"]
         assert ([train.teacher_age(args, e + 1) for e in range(s["start"], s["epochs"])]
                 == s["epochs_since_update"][s["start"]:])
 
 
 @golden("train_step.npz")
 def test_golden_training_step(file, monkeypatch):
-    """TransFGU's step against `Trainer.learn`: no ASPP, losses at patch size, weights 1, 0.3 and 1, Adam with
+    """TransFGU's step against `train_step`: no ASPP, losses at patch size, weights 1, 0.3 and 1, Adam with
     L2 on matrices alone. Losses are within 1e-5, gradients and new weights within 1e-6 (lr is 1e-4)."""
     z, c = opened(file)
     args = train.parse(["--data", "voc", "--preset", "transfgu", "--dropout", "0", "--lambdas", "0",
                         *map(str, c["loss_weights"]), "--lr", str(c["adam"]["lr"])])
     source = SimpleNamespace(names=range(c["n_cls"]), things=c["n_cls"] - 1, background=True)
-    trainer = train.Trainer(args, golden_vit(c["salts"]["encoder"]), source, None, torch.device("cpu"), None)
-    network = trainer.network
-    student, teacher = network.student.decoder, network.teacher.module.decoder
+    trainer = train.Trainer(args, golden_vit(c["salts"]["encoder"]), source, {}, torch.device("cpu"))
+    network, rates = trainer.network, (1, 1, 2, 3)
+    student, teacher = network.student.decoder, network.teacher.decoder
     fill(student, c["salts"]["student decoder"])
     fill(teacher, c["salts"]["teacher decoder"])
     features = network.features(stream(c["input"]))
-    label, foreground = losses.pseudo_label(torch.from_numpy(z["pseudo_label"]),
-                                            network.decode(network.teacher, features)[0], lambda p: p, 0.5)
-    # the permutation that `learn` draws shall be the file's; there new channel j holds old channel perm[j]
+    label, confident = losses.pseudo_label(losses.min_max(torch.from_numpy(z["pseudo_label"])),
+                                           network.decode(network.teacher, features, rates)[0], lambda p: p, 0.5)
+    # the permutation that `train_step` draws shall be the file's; there new channel j holds old channel perm[j]
     drawn = SimpleNamespace(permutation=lambda n: z["perm"].argsort())
     monkeypatch.setattr(np.random, "default_rng", lambda seed: drawn)
-    values = trainer.learn([(range(2), features, label, foreground)],
-                           losses.pixel_counts(label, foreground, trainer.thing),
-                           args.teacher_start + 1 + c["epoch"])
+    values = trainer.train_step([train.Target(range(2), features, label, confident)],
+                                losses.pixel_counts(label, confident, trainer.things),
+                                args.teacher_start + 1 + c["epoch"], 0)
     near([values[k] for k in ("ce", "un", "cls", "all")],
          [z[k] for k in ("loss_cat", "loss_uncertainty", "loss_cls_emb", "total")], 1e-5)
     for name, p in student.named_parameters():
@@ -2695,7 +2696,7 @@ def test_golden_training_step(file, monkeypatch):
             near(p.grad.flatten()[::step], z[f"grad.{name}"], 1e-6, 1e-5)
             near(p.flatten()[::step], z[f"new.{name}"], 1e-6)
     if "masks_after_step" in z:
-        near(network.decode(network.student, features)[0], z["masks_after_step"], 1e-4)
+        near(network.decode(network.student, features, rates)[0], z["masks_after_step"], 1e-4)
 
 
 def test_golden_readme_has_a_row_for_every_test_and_the_tests_read_every_shipped_file():
