@@ -1808,7 +1808,7 @@ def test_processes_share_a_batch_that_does_not_divide(monkeypatch, data_set, wor
     monkeypatch.setattr(train, "WORLD", world)
     for rank in range(world):
         monkeypatch.setattr(train, "RANK", rank)
-        (parts, _), = train.batches(args, np.zeros((64, 2, 2, 3), np.uint8), np.zeros((64, 1, 1, 1)), 1,
+        (parts, _), = train.batches(args, np.zeros((64, 2, 2, 3), np.uint8), np.zeros((64, 1, 1, 1)), 1, 1,
                                     torch.device("cpu"))
         samples += [s for part in parts for s in part.samples]
         sizes |= {len(part.image) for part in parts}
@@ -1819,9 +1819,12 @@ def test_what_is_not_finite_is_named():
     args = train.parse([])
     trainer = train.Trainer(args, small_vit(), data.Shapes(), {}, torch.device("cpu"))
     gradient = torch.zeros(sum(p.numel() for p in trainer.params))
-    assert (trainer.not_finite({"seg": float("nan"), "ce": float("inf"), "un": 0.0}, gradient) == "seg, ce")
+    targets = [train.Target(np.array([3, 401]), None, None, None)]
+    values = {"seg": float("nan"), "ce": float("inf"), "un": 0.0}
+    found = train.not_finite(trainer, values, gradient, targets, 6)
+    assert found.startswith("step 7: seg, ce not finite; process 0 had (0, 0, 3), (0, 0, 1)")
     gradient[0] = float("inf")
-    assert trainer.not_finite({"seg": 1.0}, gradient).startswith("gradient of aspp")
+    assert "7: gradient of aspp" in train.not_finite(trainer, {"seg": 1.0}, gradient, targets, 6)
 
 
 # ----------------------------------------------------------------------------
@@ -1843,7 +1846,8 @@ def test_a_cache_is_cut_by_its_length_alone_and_reads_like_the_array(tmp_path, m
                 assert rank and "all must share this folder" in str(error)
         assert len(cache) == n and cache[n - 1].tolist() == [n - 1, 10 * n - 10]
         assert np.array_equal(cache[n // 3:n], compute(range(n // 3, n)))
-        names |= {tuple(sorted(p.name for p in folder.iterdir())) for folder in (tmp_path / "cache").iterdir()}
+        names |= {tuple(sorted(file.name for file in folder.iterdir()))
+                  for folder in (tmp_path / "cache").iterdir()}
     (shards,) = names                                     # the same for 1 and 3 processes
     assert shards == tuple(f"{k:02}.npy" for k in range(min(n, 64)))
 
@@ -1916,7 +1920,7 @@ def test_caches_depend_on_what_made_them_but_not_on_the_roots_spelling(tmp_path,
         Image.fromarray(data.shapes(i)[0]).save(tmp_path / "photos" / f"{i}.png")
     whole = train.identity(data.Folder(tmp_path / "photos"))
     monkeypatch.chdir(tmp_path)
-    assert train.identity(data.Folder("photos")) == whole                         # another spelling of the root
+    assert train.identity(data.Folder("photos")) == whole     # spelt in another way
     os.utime(tmp_path / "photos" / "0.png", (0, 0))
     assert train.identity(data.Folder("./photos/")) == whole                      # another time of change
     shutil.copy("photos/0.png", "photos/1.png")
@@ -2058,7 +2062,8 @@ def test_an_interrupted_run_ends_bitwise_as_the_uninterrupted_one(uninterrupted,
     (run / "last.pt.0-1.part").write_bytes(b"half a checkpoint")    # what a kill during a save leaves behind
     (code, text), *_ = program("train.py", *RUN, "--out", run, world=world)
     shown = re.findall(r"epoch (\d)/3 .* all (-?[\d.]+)", text)
-    assert code == 0 and "going on after epoch 1" in text and [epoch for epoch, _ in shown] == ["2", "3"], text
+    assert code == 0 and "going on after epoch 1" in text, text
+    assert [epoch for epoch, _ in shown] == ["2", "3"]
     assert log_values(run) == log
     assert same(evaluation.load_checkpoint(run / "last.pt"), checkpoint)
 
@@ -2139,13 +2144,13 @@ def test_scores_do_not_depend_on_how_the_images_are_shared(uninterrupted, monkey
     images = np.stack([data.squash(source.image(i), 64) for i in range(37)])
     labels = np.stack([data.squash(source.label(i), 64, "nearest") for i in range(37)])
     predict = lambda image, size: evaluation.segment(network, (1, 1, 2, 3), image, size)
-    totals = {}
+    totals, trainer = {}, SimpleNamespace(source=source, device="cpu")
     monkeypatch.setattr(train, "all_reduce_sum", lambda tensor: tensor)
     for world in (1, 2, 3):
         monkeypatch.setattr(train, "WORLD", world)
         for rank in range(world):
             monkeypatch.setattr(train, "RANK", rank)
-            part = train.confusion_of(images, labels, predict, 6, torch.device("cpu"))
+            part = train.confusion_of(trainer, images, labels, predict)
             totals[world] = totals.get(world, 0) + part
     assert torch.equal(totals[1], totals[2]) and torch.equal(totals[1], totals[3])
     assert totals[1].sum() == labels.size
@@ -2246,8 +2251,8 @@ def test_predictions_have_the_images_own_size_and_class_indices(uninterrupted, t
             assert Image.open(out / f"{name}_overlay.png").size == size
     assert sorted(p.name for p in out.rglob("*") if p.is_file()) == [
         "a_mask.png", "a_overlay.png", "b_mask.png", "b_overlay.png", "legend.png", "predictions.json"]
-    (code, text), = program("eval.py", checkpoint, "--predict", photos / "a.png", photos / "sub", "--limit", "1",
-                            "--out", tmp_path / "one")    # several paths
+    (code, text), = program("eval.py", checkpoint, "--predict", photos / "a.png", photos / "sub",
+                            "--limit", "1", "--out", tmp_path / "one")            # several paths
     assert code == 0 and "wrote 1 masks" in text, text
 
 
@@ -2456,12 +2461,12 @@ def test_golden_small_vit_at_any_size(file):
 
 @golden("dino_vit_small_8_*.npz")
 def test_golden_vits8(file):
-    """DINO's ViT-S/8 of true size: tokens within 2e-5, CLS row of the last attention within 1e-6."""
+    """DINO's ViT-S/8 of true size: tokens within 1e-4, CLS row of the last attention within 1e-5."""
     z, c = opened(file)
     tokens, row = golden_vit(c["salt"])(stream(c["input"]))
-    near(tokens[:, 0], z["cls"], 2e-5)
-    near(tokens[:, 1::c["token_stride"]], z["patch_tokens"], 2e-5)
-    near(row, z["attn_cls"], 1e-6)
+    near(tokens[:, 0], z["cls"], 1e-4)
+    near(tokens[:, 1::c["token_stride"]], z["patch_tokens"], 1e-4)
+    near(row, z["attn_cls"], 1e-5)
 
 
 @golden("dino_posembed.npz")
@@ -2671,8 +2676,8 @@ def test_golden_training_step(file, monkeypatch):
     """TransFGU's step against `train_step`: no ASPP, losses at patch size, weights 1, 0.3 and 1, Adam with
     L2 on matrices alone. Losses are within 1e-5, gradients and new weights within 1e-6 (lr is 1e-4)."""
     z, c = opened(file)
-    args = train.parse(["--data", "voc", "--preset", "transfgu", "--dropout", "0", "--lambdas", "0",
-                        *map(str, c["loss_weights"]), "--lr", str(c["adam"]["lr"])])
+    args = train.parse(["--data", "voc", "--size", "160", "--preset", "transfgu", "--dropout", "0",
+                        "--lambdas", "0", *map(str, c["loss_weights"]), "--lr", str(c["adam"]["lr"])])
     source = SimpleNamespace(names=range(c["n_cls"]), things=c["n_cls"] - 1, background=True)
     trainer = train.Trainer(args, golden_vit(c["salts"]["encoder"]), source, {}, torch.device("cpu"))
     network, rates = trainer.network, (1, 1, 2, 3)
@@ -2680,9 +2685,9 @@ def test_golden_training_step(file, monkeypatch):
     fill(student, c["salts"]["student decoder"])
     fill(teacher, c["salts"]["teacher decoder"])
     features = network.features(stream(c["input"]))
-    label, confident = losses.pseudo_label(losses.min_max(torch.from_numpy(z["pseudo_label"])),
-                                           network.decode(network.teacher, features, rates)[0], lambda p: p, 0.5)
-    # the permutation that `train_step` draws shall be the file's; there new channel j holds old channel perm[j]
+    cams, logits = torch.from_numpy(z["pseudo_label"]), network.decode(network.teacher, features, rates)[0]
+    label, confident = losses.pseudo_label(losses.min_max(cams), logits, lambda p: p, 0.5)
+    # `train_step` shall draw the file's permutation; there new channel j holds old channel perm[j]
     drawn = SimpleNamespace(permutation=lambda n: z["perm"].argsort())
     monkeypatch.setattr(np.random, "default_rng", lambda seed: drawn)
     values = trainer.train_step([train.Target(range(2), features, label, confident)],

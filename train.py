@@ -75,8 +75,8 @@ SETTINGS = {
     "folder": COMMON | dict(batch=64),
 }
 # Rows of the paper's tables that are not DMSA. In the released code ASPP never reaches the tokens and PAR is
-# commented out: it is TransFGU with L_seg and another fusion weight (docs/decisions.md, "The released code").
-# A lambda of None is the data set's own.
+# commented out: it is TransFGU with L_seg and another fusion weight (docs/decisions.md, "What the released
+# code does"). A lambda of None is the data set's own.
 RELEASED = dict(aspp="none", par=(), cam_scale="crop", teacher="reset", dropout=0.1, losses_at="patches")
 PRESETS = {"dmsa": {}, "released": RELEASED,
            "transfgu": RELEASED | dict(teacher_weight=0.5, lambdas=(0.0, None, None, None))}
@@ -220,10 +220,8 @@ class Trainer:
         gradient = all_reduce_sum(torch.cat([p.grad.flatten() for p in self.params]))             # (P,)
         *values, norm = torch.cat([values, gradient.norm()[None]]).tolist()
         values = dict(zip(loss, values))
-        if not all(map(math.isfinite, (*values.values(), norm))):
-            names = [str(self.source.ids[s % len(self.source)]) for t in targets for s in t.samples[:8]]
-            raise FloatingPointError(f"step {step + 1}: {self.not_finite(values, gradient)} not finite; "
-                                     f"process {RANK} had {', '.join(names)}; the last checkpoint is kept")
+        if not math.isfinite(norm + sum(values.values())):
+            raise FloatingPointError(not_finite(self, values, gradient, targets, step))
         gradient.clamp_(-1, 1)                                                    # elementwise, as TransFGU
         for p, g in zip(self.params, gradient.split([p.numel() for p in self.params])):
             p.grad = g.view_as(p)
@@ -231,59 +229,6 @@ class Trainer:
         if args.teacher == "ema":
             network.update_teacher(step, args.momentum)
         return values
-
-    def not_finite(self, values, gradient):
-        """Names of the losses, or else of the parameters' gradients, that are not finite."""
-        wrong = [name for name, value in values.items() if not math.isfinite(value)]
-        named = zip(self.network.student.named_parameters(), gradient.split([p.numel() for p in self.params]))
-        wrong = wrong or ["gradient of " + name for (name, _), g in named if not g.isfinite().all()]
-        return ", ".join(wrong[:3]) or "norm of the gradient"
-
-    def score(self, images, labels, epoch):
-        """Scores of the student on val with this epoch's rates; keeps the cluster -> class assignment."""
-        self.network.eval()
-        predict = partial(segment, self.network, rates_of(self.args, epoch))
-        result = scores(confusion_of(images, labels, predict, len(self.source.names), self.device))
-        self.network.train()
-        self.assignment = result["assignment"].tolist()
-        return {name: result[name] for name in ("miou", "accuracy", "clusters", "entropy")}
-
-    def score_cam(self, cams, labels):
-        """Scores of the coarse labels themselves, on val; prints them, and the trivial answer's, once."""
-        def predict(maps, size):                          # (b, K, h, w) -> clusters (b, *size)
-            maps = torch.from_numpy(maps).to(self.device).float()
-            masks = with_background(maps, self.args.background) if self.source.background else maps
-            return F.interpolate(masks, size=size, mode="bilinear").argmax(1)
-
-        total = confusion_of(cams, labels, predict, len(self.source.names), self.device)
-        trivial = torch.zeros_like(total)
-        trivial[:, 0] = total.sum(1)                      # all pixels predicted as one cluster
-        coarse, trivial = scores(total), scores(trivial)
-        print0(f"CAM labels on val: mIoU {coarse['miou']:.2f} accuracy {coarse['accuracy']:.2f}; all pixels "
-               f"as the most frequent class: mIoU {trivial['miou']:.2f} accuracy {trivial['accuracy']:.2f}")
-        return {"cam_miou": coarse["miou"], "cam_accuracy": coarse["accuracy"]}
-
-    def state_dict(self):
-        """The checkpoint: all that going on, predicting and explaining need; tensors and plain values."""
-        args, network, epoch = self.args, self.network, max(1, self.epoch)
-        return self.begun | {
-            "epoch": self.epoch, "args": vars(args), "scored": self.scored, "assignment": self.assignment,
-            "names": self.source.names, "background": self.source.background,
-            "rates": list(rates_of(args, epoch)), "teacher_on": teacher_age(args, epoch) is not None,
-            "vit": network.vit.state_dict(), "student": network.student.state_dict(),
-            "teacher": network.teacher.state_dict(), "optimizer": self.optimizer.state_dict()}
-
-    def load_state_dict(self, state):
-        self.network.student.load_state_dict(state["student"])
-        self.network.teacher.load_state_dict(state["teacher"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.epoch, self.scored, self.assignment = state["epoch"], state["scored"], state["assignment"]
-
-
-def confusion_of(inputs, labels, predict, n, device):
-    """Confusion matrix (n, n) of a split, of which every process does its share; predict as in `evaluate`."""
-    share = ((inputs[g.start:g.stop], labels[g.start:g.stop]) for g in groups(len(labels), RANK, WORLD))
-    return all_reduce_sum(evaluate(share, predict, n).to(device)).cpu()
 
 
 # ----------------------------------------------------------------------------
@@ -296,6 +241,41 @@ def train(args, device):
     if state and state["epoch"] >= args.epochs and (out / "curves.png").exists():
         return print0(f"{out}: this run is finished ({state['epoch']} epochs); raise --epochs to go on, "
                       f"or use another --out")
+    trainer, images, labels, cams = prepare(args, state, device)                 # Fig. 2, left
+    log, steps = open_log(out, trainer.epoch), len(images["train"]) * args.repeat // args.batch
+
+    for epoch in range(trainer.epoch + 1, args.epochs + 1):           # Table 1 counts from 1
+        begin, waited, total = time.time(), 0.0, np.zeros(5)
+        if args.teacher == "reset" and teacher_age(args, epoch) == 0:
+            trainer.replace_teacher()
+        loader = batches(args, images["train"], cams["train"], steps, epoch, device)
+        for step, (parts, seconds) in enumerate(loader, (epoch - 1) * steps):
+            # for all parts first: the means of the losses need the pixels of the whole batch
+            targets, counts = trainer.pseudo_labels(parts, epoch)     # Fig. 2, top
+            losses = trainer.train_step(targets, all_reduce_sum(counts), epoch, step)      # bottom; Eq. 6
+            waited, total = waited + seconds, total + list(losses.values())
+            record = {"epoch": epoch, "step": step + 1, **losses, "rates": list(rates_of(args, epoch)),
+                      "lr": args.lr}
+            if step + 1 == epoch * steps:                 # the last of the epoch
+                record |= speed(args, device, steps, time.time() - begin, waited)
+                if labels is not None:
+                    record |= score(trainer, images["val"], labels, epoch) | trainer.scored["cam"]
+            log.write(json.dumps(record) + "\n")
+        trainer.epoch = epoch
+        if labels is not None and is_best(trainer, record):
+            save_checkpoint(trainer, "best.pt")
+        save_checkpoint(trainer, "last.pt")
+        print0(epoch_line(args, record, dict(zip(losses, total / steps))))
+    draw_and_tell(trainer, images["train" if labels is None else "val"], labels)
+
+
+def prepare(args, state, device):
+    """Fig. 2, left: ViT, windows, centroids and CAMs, computed once and cached, and a Trainer.
+
+    state    checkpoint to go on from, or None
+    returns  trainer; images {split: (n, S, S, 3) uint8}; labels of val (n, S, S) uint8 or None; CAMs
+             {split: (n, K, h, w) in 0..1}
+    """
     sources = open_data(args, state)
     vit, digest = frozen_vit(args, state, device)
     images = {split: cached_squashed(args, f"{split}-images", source, source.image, source.images)
@@ -303,70 +283,42 @@ def train(args, device):
     val = sources.get("val")                              # of a folder there is none
     labels = cached_squashed(args, "val-labels", val, val.label, val.labels, "nearest") if val else None
     centroids = state["centroids"] if state else cluster_windows(args, sources["train"], vit, digest, device)
-    begun = {"images": {split: identity(source) for split, source in sources.items()}, "weights": digest,
-             "centroids": centroids}
+    begun = {"images": {split: identity(source) for split, source in sources.items()},
+             "weights": digest, "centroids": centroids}
     trainer = Trainer(args, vit, sources["train"], begun, device)
     if state:
-        trainer.load_state_dict(state)
-        print0(f"{out}: going on after epoch {trainer.epoch}")
+        restore(trainer, state)
+        print0(f"{args.out}: going on after epoch {trainer.epoch}")
     else:
         save_checkpoint(trainer, "last.pt")               # from here on k-means is not done again
     cams = cached_cams(args, sources, images, vit, digest, centroids, device)
     if labels is not None and "cam" not in trainer.scored:
-        trainer.scored["cam"] = trainer.score_cam(cams["val"], labels)
-    log, steps = open_log(out, trainer.epoch), len(images["train"]) * args.repeat // args.batch
-
-    for epoch in range(trainer.epoch + 1, args.epochs + 1):          # Table 1 counts from 1
-        begin, waited, total = time.time(), 0.0, np.zeros(5)
-        if args.teacher == "reset" and teacher_age(args, epoch) == 0:
-            trainer.replace_teacher()
-        loader = batches(args, images["train"], cams["train"], epoch, device)
-        for step, (parts, seconds) in enumerate(loader, (epoch - 1) * steps):
-            # for all parts first: the means of the losses need the pixels of the whole batch
-            targets, counts = trainer.pseudo_labels(parts, epoch)                # Fig. 2, top
-            losses = trainer.train_step(targets, all_reduce_sum(counts), epoch, step)     # bottom; Eq. 6
-            waited, total = waited + seconds, total + list(losses.values())
-            record = {"epoch": epoch, "step": step + 1, **losses, "rates": list(rates_of(args, epoch)),
-                      "lr": args.lr}
-            if step + 1 == epoch * steps:
-                record |= speed(args, device, steps, time.time() - begin, waited)
-                if labels is not None:
-                    record |= trainer.score(images["val"], labels, epoch) | trainer.scored["cam"]
-            log.write(json.dumps(record) + "\n")
-        trainer.epoch = epoch
-        if labels is not None:
-            last = trainer.scored["last"] = {name: record[name] for name in ("epoch", "miou", "accuracy")}
-            best = trainer.scored.get("best")
-            if not best or last["miou"] + last["accuracy"] > best["miou"] + best["accuracy"]:
-                trainer.scored["best"] = last             # chosen on val, as the peers do
-                save_checkpoint(trainer, "best.pt")
-        save_checkpoint(trainer, "last.pt")
-        print0(epoch_line(args, record, dict(zip(losses, total / steps))))
-    draw_and_tell(trainer, images["train" if labels is None else "val"], labels)
+        trainer.scored["cam"] = score_cam(trainer, cams["val"], labels)
+    return trainer, images, labels, cams
 
 
-def batches(args, images, cams, epoch, device):
-    """This process's parts of every batch of an epoch, loaded one ahead of use.
+def batches(args, images, cams, steps, epoch, device):
+    """This process's share of the batches of an epoch, loaded one ahead of use.
 
     yields  a list of `accumulate` Parts, seconds waited. A last, smaller batch is left out: its images would
             weigh more.
     """
-    n = len(images) * args.repeat                         # sample s is image s % len(images)
-    order = np.random.default_rng((args.seed, epoch)).permutation(n)
+    order = np.random.default_rng((args.seed, epoch)).permutation(len(images) * args.repeat)
 
     def load(step):
         parts = np.array_split(order[step * args.batch:(step + 1) * args.batch], args.accumulate * WORLD)
         stack = lambda array, samples: torch.from_numpy(np.stack([array[s % len(images)] for s in samples]))
-        return [(samples, stack(images, samples), stack(cams, samples),
+        return [(samples, stack(images, samples), stack(cams, samples),           # s is image s % len(images)
                  data.draw(args.seed, epoch, samples, args.jitter)) for samples in parts[RANK::WORLD]]
 
     with ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(load, 0)
-        for step in range(n // args.batch):
+        for step in range(steps):
             begin = time.time()
             loaded = ahead.result()
             waited = time.time() - begin
-            ahead = pool.submit(load, step + 1)           # after the last step: an empty batch
+            if step + 1 < steps:
+                ahead = pool.submit(load, step + 1)
             yield [Part(samples, data.to_float(image, device), maps.to(device).float(),
                         data.Draws(*(numbers.to(device) for numbers in draws)))
                    for samples, image, maps, draws in loaded], waited
@@ -554,7 +506,61 @@ def cached_cams(args, sources, images, vit, digest, centroids, device):
 
 
 # ----------------------------------------------------------------------------
-# Log and last words
+# Scores, log, last words
+
+
+def confusion_of(trainer, inputs, labels, predict):
+    """Confusion matrix (N, N) of a split, of which every process does its share; predict as in `evaluate`."""
+    share = ((inputs[g.start:g.stop], labels[g.start:g.stop]) for g in groups(len(labels), RANK, WORLD))
+    total = evaluate(share, predict, len(trainer.source.names))
+    return all_reduce_sum(total.to(trainer.device)).cpu()
+
+
+def score(trainer, images, labels, epoch):
+    """Scores of the student on val with this epoch's rates; keeps the cluster -> class assignment."""
+    trainer.network.eval()
+    predict = partial(segment, trainer.network, rates_of(trainer.args, epoch))
+    result = scores(confusion_of(trainer, images, labels, predict))
+    trainer.network.train()
+    trainer.assignment = result["assignment"].tolist()
+    return {name: result[name] for name in ("miou", "accuracy", "clusters", "entropy")}
+
+
+def score_cam(trainer, cams, labels):
+    """Scores of the coarse labels themselves, on val; prints them, and those of the trivial answer."""
+    def predict(maps, size):                              # (b, K, h, w) -> clusters (b, *size)
+        maps = torch.from_numpy(maps).to(trainer.device).float()
+        masks = with_background(maps, trainer.args.background) if trainer.source.background else maps
+        return F.interpolate(masks, size=size, mode="bilinear").argmax(1)
+
+    total = confusion_of(trainer, cams, labels, predict)
+    trivial = torch.zeros_like(total)
+    trivial[:, 0] = total.sum(1)                          # all pixels predicted as one cluster
+    coarse, trivial = scores(total), scores(trivial)
+    print0(f"CAM labels on val: mIoU {coarse['miou']:.2f} accuracy {coarse['accuracy']:.2f}; all pixels as "
+           f"the most frequent class: mIoU {trivial['miou']:.2f} accuracy {trivial['accuracy']:.2f}")
+    return {"cam_miou": coarse["miou"], "cam_accuracy": coarse["accuracy"]}
+
+
+def is_best(trainer, record):
+    """Keep the epoch's scores; whether they are the best so far, on val, as the peers choose an epoch."""
+    last = trainer.scored["last"] = {name: record[name] for name in ("epoch", "miou", "accuracy")}
+    best = trainer.scored.setdefault("best", last)
+    if last["miou"] + last["accuracy"] > best["miou"] + best["accuracy"]:
+        trainer.scored["best"] = last
+    return trainer.scored["best"] is last
+
+
+def not_finite(trainer, values, gradient, targets, step):
+    """What is wrong with a step: losses, or else parameters, whose value or gradient is not finite."""
+    wrong = [name for name, value in values.items() if not math.isfinite(value)]
+    names = [name for name, _ in trainer.network.student.named_parameters()]
+    gradients = zip(names, gradient.split([p.numel() for p in trainer.params]))
+    wrong = wrong or ["gradient of " + name for name, g in gradients if not g.isfinite().all()]
+    source, samples = trainer.source, [s for target in targets for s in target.samples][:8]
+    names = ", ".join(str(source.ids[s % len(source)]) for s in samples)
+    return (f"step {step + 1}: {', '.join(wrong[:3]) or 'norm of the gradient'} not finite; process {RANK} "
+            f"had {names}; the last checkpoint is kept")
 
 
 def open_log(out, epoch):
@@ -591,7 +597,7 @@ def draw_and_tell(trainer, images, labels):
         return
     out, files = Path(trainer.args.out), "log.jsonl, last.pt, panels.png, curves.png"
     trainer.network.eval()
-    panels(trainer.network, trainer.state_dict(), images[:6], None if labels is None else labels[:6],
+    panels(trainer.network, checkpoint_of(trainer), images[:6], None if labels is None else labels[:6],
            out / "panels.png")
     curves(out / "log.jsonl", out / "curves.png")
     if labels is not None:
@@ -607,10 +613,30 @@ def draw_and_tell(trainer, images, labels):
 # Checkpoints
 
 
+def checkpoint_of(trainer):
+    """All that going on, predicting and explaining need: tensors and plain values."""
+    args, network, epoch = trainer.args, trainer.network, max(1, trainer.epoch)
+    return trainer.begun | {
+        "epoch": trainer.epoch, "args": vars(args), "scored": trainer.scored,
+        "assignment": trainer.assignment, "names": trainer.source.names,
+        "background": trainer.source.background,
+        "rates": list(rates_of(args, epoch)), "teacher_on": teacher_age(args, epoch) is not None,
+        "vit": network.vit.state_dict(), "student": network.student.state_dict(),
+        "teacher": network.teacher.state_dict(), "optimizer": trainer.optimizer.state_dict()}
+
+
+def restore(trainer, state):
+    """Put what `checkpoint_of` gave into a new Trainer."""
+    trainer.network.student.load_state_dict(state["student"])
+    trainer.network.teacher.load_state_dict(state["teacher"])
+    trainer.optimizer.load_state_dict(state["optimizer"])
+    trainer.epoch, trainer.scored, trainer.assignment = state["epoch"], state["scored"], state["assignment"]
+
+
 def save_checkpoint(trainer, name):
     if RANK == 0:
         buffer = io.BytesIO()                             # torch.save to a file does not name a full disk
-        torch.save(trainer.state_dict(), buffer)
+        torch.save(checkpoint_of(trainer), buffer)
         write_whole(Path(trainer.args.out) / name, buffer.getbuffer())
 
 

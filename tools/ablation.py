@@ -29,7 +29,7 @@ import data                                               # noqa: E402
 from model import BACKBONES                               # noqa: E402
 from train import SETTINGS                                # noqa: E402
 
-# row: (name, the three check marks of Table 4, options of train.py); NO_SEG: the data set's lambdas, L_seg's 0
+# row: (name, the three check marks of Table 4, options of train.py); NO_SEG: the lambdas with L_seg's 0
 ROWS = {
     "baseline": ("L_CE + L_un + L_cls", "   ", "NO_SEG --aspp none --par"),
     "seg": ("+ L_seg", "✓  ", "--aspp none --par"),

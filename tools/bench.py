@@ -239,7 +239,7 @@ def data_case():
         return data.augment(data.crop(image, draws, args.crop), draws)
 
     def ours():
-        (([part], _),) = train.batches(args, images, maps, 1, torch.device("cpu"))
+        (([part], _),) = train.batches(args, images, maps, 1, 1, torch.device("cpu"))
         return cut(part.image, part.cams, part.draws)
 
     def textbook():
