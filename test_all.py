@@ -1689,10 +1689,11 @@ def test_an_sbd_that_lacks_a_mask_or_is_damaged_is_named_and_voc_has_to_be_there
 
 
 def test_options_that_make_no_sense_are_refused(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
     for options, reason in ((["shapes"], "nothing to download"), (["folder"], "nothing to download"),
                             (["voc", "--check", "--url", "http://a/b"], "--url is for downloads"),
-                            (["imagenet"], "invalid choice"), ([], "required")):
-        monkeypatch.setattr(sys, "argv", ["get_data.py", *options, "--root", str(tmp_path)])
+                            (["voc"], "is a file"), (["imagenet"], "invalid choice"), ([], "required")):
+        monkeypatch.setattr(sys, "argv", ["get_data.py", *options, "--root", str(tmp_path / "file")])
         with pytest.raises(SystemExit, match="2"):
             get_data.main()
         assert reason in capsys.readouterr().err
