@@ -13,6 +13,7 @@ import builtins
 import gzip
 import hashlib
 import http.server
+import importlib
 import io
 import json
 import math
@@ -49,7 +50,6 @@ import losses
 import model
 import par
 import train
-from tools import get_data
 
 HERE = Path(__file__).resolve().parent
 GOLDEN = os.environ.get("DMSA_GOLDEN")
@@ -564,6 +564,8 @@ def test_the_shipped_weights_are_small_plain_and_load():
 
 # ----------------------------------------------------------------------------
 # data.py and tools/get_data.py: small data sets and broken files are written below tmp_path
+
+get_data = importlib.import_module("tools.get_data")
 
 
 def _save(path, values, mode=None):
