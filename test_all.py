@@ -12,6 +12,7 @@ import builtins
 import gzip
 import hashlib
 import http.server
+import importlib
 import io
 import json
 import math
@@ -49,7 +50,6 @@ import losses
 import model
 import par
 import train
-from tools import get_data
 
 HERE = Path(__file__).resolve().parent
 torch.set_num_threads(1)
@@ -563,6 +563,8 @@ def test_the_shipped_weights_are_small_plain_and_load():
 
 # ----------------------------------------------------------------------------
 # data.py and tools/get_data.py: small data sets and broken files are written below tmp_path
+
+get_data = importlib.import_module("tools.get_data")
 
 
 def _save(path, values, mode=None):
@@ -1688,10 +1690,11 @@ def test_an_sbd_that_lacks_a_mask_or_is_damaged_is_named_and_voc_has_to_be_there
 
 
 def test_options_that_make_no_sense_are_refused(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
     for options, reason in ((["shapes"], "nothing to download"), (["folder"], "nothing to download"),
                             (["voc", "--check", "--url", "http://a/b"], "--url is for downloads"),
-                            (["imagenet"], "invalid choice"), ([], "required")):
-        monkeypatch.setattr(sys, "argv", ["get_data.py", *options, "--root", str(tmp_path)])
+                            (["voc"], "is a file"), (["imagenet"], "invalid choice"), ([], "required")):
+        monkeypatch.setattr(sys, "argv", ["get_data.py", *options, "--root", str(tmp_path / "file")])
         with pytest.raises(SystemExit, match="2"):
             get_data.main()
         assert reason in capsys.readouterr().err

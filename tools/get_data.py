@@ -318,6 +318,8 @@ def main():
         p.error(f"{args.name}: there is nothing to download; it can be checked, with --check")
     if args.check and args.url:
         p.error("--url is for downloads, not for --check")
+    if args.root.is_file() and not args.check:
+        p.error(f"--root {args.root}: is a file; give a folder")
     sys.stdout.reconfigure(errors="backslashreplace")     # names of files need not be UTF-8
     try:
         if args.check:
