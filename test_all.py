@@ -2754,7 +2754,7 @@ def test_readmes_snippets_run_as_they_stand():
 
 def test_every_option_that_readme_names_exists_and_helps_defaults_are_the_real_ones():
     known = set()
-    for file in ("train.py", "eval.py", "data.py", "tools/ablation.py", "tools/par_on_photos.py",
+    for file in ("train.py", "eval.py", "tools/get_data.py", "tools/ablation.py", "tools/par_on_photos.py",
                  "tools/bench.py", "tools/pretrain.py"):
         (code, text), = program(file, "--help")
         assert code == 0, text
@@ -2773,7 +2773,7 @@ def test_every_option_that_readme_names_exists_and_helps_defaults_are_the_real_o
 
 def test_readme_counts_its_files_and_lines_and_shows_only_pictures_that_exist():
     lines = sum(len(f.read_text().splitlines()) for f in HERE.glob("*.py") if f.name != "test_all.py")
-    assert f"Nine Python files, {lines:,} lines" in README
+    assert f"Eight Python files, {lines:,} lines" in README
     assert len(list(HERE.glob("*.py"))) == 9
     for picture in re.findall(r"!\[[^]]*\]\((\S+)\)", README):
         assert (HERE / picture).stat().st_size > 0
