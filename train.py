@@ -112,7 +112,6 @@ def teacher_age(args, epoch):
 
 class Part(NamedTuple):
     """What a process computes at once: its share of a batch, or with --accumulate a part of that."""
-    samples: np.ndarray          # (b,) numbers within the epoch
     image: torch.Tensor          # (b, 3, S, S) in 0..1
     cams: torch.Tensor           # (b, K, h, w) in 0..1
     draws: data.Draws            # of the crop and the colours
@@ -120,7 +119,6 @@ class Part(NamedTuple):
 
 class Target(NamedTuple):
     """What the student learns from a part: `pseudo_labels` makes it, `train_step` uses it."""
-    samples: np.ndarray          # (b,)
     features: tuple              # x, msa (b, D, h, w) of `DMSA.features`
     label: torch.Tensor          # (b, H, W) int64
     confident: torch.Tensor      # (b, H, W) bool, pixels of L_un
@@ -185,7 +183,7 @@ class Trainer:
             refine = partial(self.par, image) if self.par else self.upsample
             label, confident = pseudo_label(cams, teacher, refine, args.teacher_weight, background,
                                             args.background)                      # (b, H, W) each
-            targets.append(Target(part.samples, features, label, confident))
+            targets.append(Target(features, label, confident))
         return targets, sum(pixel_counts(t.label, t.confident, self.things) for t in targets)
 
     def train_step(self, targets, counts, epoch, step):
@@ -221,7 +219,8 @@ class Trainer:
         *values, norm = torch.cat([values, gradient.norm()[None]]).tolist()
         values = dict(zip(loss, values))
         if not math.isfinite(norm + sum(values.values())):
-            raise FloatingPointError(not_finite(self, values, gradient, targets, step))
+            raise FloatingPointError(f"step {step + 1}: {not_finite(self, values, gradient)} not finite; the "
+                                     f"last checkpoint is kept")
         gradient.clamp_(-1, 1)                                                    # elementwise, as TransFGU
         for p, g in zip(self.params, gradient.split([p.numel() for p in self.params])):
             p.grad = g.view_as(p)
@@ -308,7 +307,7 @@ def batches(args, images, cams, steps, epoch, device):
     def load(step):
         parts = np.array_split(order[step * args.batch:(step + 1) * args.batch], args.accumulate * WORLD)
         stack = lambda array, samples: torch.from_numpy(np.stack([array[s % len(images)] for s in samples]))
-        return [(samples, stack(images, samples), stack(cams, samples),           # s is image s % len(images)
+        return [(stack(images, samples), stack(cams, samples),                    # s is image s % len(images)
                  data.draw(args.seed, epoch, samples, args.jitter)) for samples in parts[RANK::WORLD]]
 
     with ThreadPoolExecutor(1) as pool:
@@ -319,9 +318,9 @@ def batches(args, images, cams, steps, epoch, device):
             waited = time.time() - begin
             if step + 1 < steps:
                 ahead = pool.submit(load, step + 1)
-            yield [Part(samples, data.to_float(image, device), maps.to(device).float(),
+            yield [Part(data.to_float(image, device), maps.to(device).float(),
                         data.Draws(*(numbers.to(device) for numbers in draws)))
-                   for samples, image, maps, draws in loaded], waited
+                   for image, maps, draws in loaded], waited
 
 
 # ============================================================================
@@ -369,7 +368,8 @@ def cached(args, name, key, n, compute):
     missing = [k for k, file in enumerate(files) if k % WORLD == RANK and not file.exists()]
     start = time.time()
     for count, k in enumerate(missing, 1):
-        write_array(files[k], compute(range(bounds[k], bounds[k + 1])))
+        records = compute(range(bounds[k], bounds[k + 1]))
+        write_whole(files[k], lambda f: np.save(f, records))
         if RANK == 0 and sys.stderr.isatty():
             left = (time.time() - start) / count * (len(missing) - count)
             print(f"\r{name}: {count} of {len(missing)} shards, {left:.0f} s left ", file=sys.stderr,
@@ -378,21 +378,14 @@ def cached(args, name, key, n, compute):
     return Cache(folder, bounds)
 
 
-def write_array(file, array):
-    """As numpy.save, which does not say when a disk is full."""
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
-    write_whole(file, header.getbuffer(), np.ascontiguousarray(array))
-
-
-def write_whole(file, *pieces):
-    """Write bytes to a temporary name, then move them into place: what is at `file` is always whole."""
-    part = file.with_name(f"{file.name}.{RANK}-{os.getpid()}.part")
+def write_whole(file, save):
+    """Write what save(f) writes to a temporary name and move it into place: `file` is always whole."""
+    part, content = file.with_name(f"{file.name}.{RANK}-{os.getpid()}.part"), io.BytesIO()
+    save(content)                                         # to memory: numpy and torch do not name a full disk
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as f:
-            for piece in pieces:
-                f.write(piece)
+            f.write(content.getbuffer())
             f.flush()
             os.fsync(f.fileno())
         os.replace(part, file)
@@ -551,16 +544,13 @@ def is_best(trainer, record):
     return trainer.scored["best"] is last
 
 
-def not_finite(trainer, values, gradient, targets, step):
-    """What is wrong with a step: losses, or else parameters, whose value or gradient is not finite."""
+def not_finite(trainer, values, gradient):
+    """Names of the losses, or else of the parameters' gradients, that are not finite."""
     wrong = [name for name, value in values.items() if not math.isfinite(value)]
     names = [name for name, _ in trainer.network.student.named_parameters()]
     gradients = zip(names, gradient.split([p.numel() for p in trainer.params]))
     wrong = wrong or ["gradient of " + name for name, g in gradients if not g.isfinite().all()]
-    source, samples = trainer.source, [s for target in targets for s in target.samples][:8]
-    names = ", ".join(str(source.ids[s % len(source)]) for s in samples)
-    return (f"step {step + 1}: {', '.join(wrong[:3]) or 'norm of the gradient'} not finite; process {RANK} "
-            f"had {names}; the last checkpoint is kept")
+    return ", ".join(wrong[:3]) or "norm of the gradient"
 
 
 def open_log(out, epoch):
@@ -568,8 +558,9 @@ def open_log(out, epoch):
     file = out / "log.jsonl" if RANK == 0 else Path(os.devnull)
     lines = file.read_text().splitlines(True) if file.exists() else []
     whole = [line for line in lines if line.endswith("\n")]                       # a kill may cut the last
+    kept = "".join(line for line in whole if json.loads(line)["epoch"] <= epoch)
     if RANK == 0:
-        write_whole(file, "".join(line for line in whole if json.loads(line)["epoch"] <= epoch).encode())
+        write_whole(file, lambda f: f.write(kept.encode()))
     return open(file, "a", buffering=1)                   # each line goes to the disk at once
 
 
@@ -635,9 +626,7 @@ def restore(trainer, state):
 
 def save_checkpoint(trainer, name):
     if RANK == 0:
-        buffer = io.BytesIO()                             # torch.save to a file does not name a full disk
-        torch.save(checkpoint_of(trainer), buffer)
-        write_whole(Path(trainer.args.out) / name, buffer.getbuffer())
+        write_whole(Path(trainer.args.out) / name, lambda f: torch.save(checkpoint_of(trainer), f))
 
 
 def resume(args):
@@ -819,11 +808,11 @@ def parse(argv=None):
     p.add_argument("--dry-run", action="store_true",
                    help="check options, data and weights, print the settings, and stop")
     flag = lambda name: "--" + name.replace("_", "-")
+    words = lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
     for name, (kind, _, unit, text) in OPTIONS.items():
-        defaults = {settings[name] for settings in SETTINGS.values() if name in settings}
-        if defaults:
-            shown = " ".join(map(str, np.atleast_1d(defaults.pop()))) if len(defaults) == 1 else "by --data"
-            text += f" (default: {shown})"
+        if name in COMMON:
+            own = {k: settings[name] for k, settings in SETTINGS.items() if settings[name] != COMMON[name]}
+            text += f" (default: {words(COMMON[name])}{''.join(f', {k} {words(v)}' for k, v in own.items())})"
         how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind, "metavar": unit}
         if isinstance(kind, list):
             how |= {"type": kind[0], "nargs": len(kind) if len(kind) > 1 else "*"}

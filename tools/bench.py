@@ -161,7 +161,7 @@ def step_case():
     """One step of each, cropping and augmentation included, at an epoch when the teacher takes part."""
     args, vit, epoch = train.parse(["--data", "voc", "--batch", "8"]), vits8(), 10
     draws = data.draw(0, epoch, range(8))
-    part = train.Part(range(8), torch.rand(8, 3, 320, 320), torch.rand(8, 20, 40, 40), draws)
+    part = train.Part(torch.rand(8, 3, 320, 320), torch.rand(8, 20, 40, 40), draws)
     trainer = train.Trainer(args, vit, data.VOC, {}, torch.device("cpu"))
     args.precision = "bf16"                               # read when a trainer is made
     half = train.Trainer(args, vit, data.VOC, {}, torch.device("cpu"))
