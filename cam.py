@@ -8,9 +8,36 @@
 "The method borrowed from TransFGU" (DMSA Sec. 4.1). Nothing here is trained and no label is used.
 "Decision N" is row N of docs/decisions.md in the DMSA repository, which says what was chosen where the paper
 is silent.
-Needs torch, numpy and scipy; the ViT is an argument: any with DINO's names (prepare_tokens, patch_embed.proj,
-blocks, norm; in a block norm1, attn.qkv, attn.proj, attn.num_heads, norm2, mlp), its order of q, k, v, one
-token besides the patches, and no LayerScale. Copy this file anywhere (the picture needs pillow).
+Needs torch, numpy and scipy. Copy this file anywhere (the picture needs pillow).
+
+The ViT is an argument. All that is asked of it: `patch_size`; `last_qkv(image)`, which gives the tokens that
+enter its last block, CLS first and patches last, and the q, k, v of that block's attention; `attn.proj`,
+`norm2` and `mlp` of blocks[-1]; a last `norm`; and `forward`. What a ViT of timm lacks of these:
+
+    def last_qkv(image):
+        x, attn = vit.norm_pre(vit._pos_embed(vit.patch_embed(image))), vit.blocks[-1].attn
+        for block in vit.blocks[:-1]:
+            x = block(x)
+        qkv = attn.qkv(vit.blocks[-1].norm1(x)).unflatten(2, (3, attn.num_heads, -1))
+        return x, *qkv.permute(2, 0, 3, 1, 4)
+    vit.last_qkv, vit.patch_size = last_qkv, vit.patch_embed.patch_size[0]
+
+A ViTModel of HuggingFace has other names:
+
+    layers, last = model.encoder.layer[:-1], model.encoder.layer[-1]
+    def last_qkv(image):
+        x, attn = model.embeddings(image), last.attention.attention
+        for layer in layers:
+            x = layer(x)[0]
+        heads = lambda y: y.unflatten(2, (attn.num_attention_heads, -1)).transpose(1, 2)
+        y = last.layernorm_before(x)
+        return x, heads(attn.query(y)), heads(attn.key(y)), heads(attn.value(y))
+    block = SimpleNamespace(attn=SimpleNamespace(proj=last.attention.output.dense),
+                            norm2=last.layernorm_after, mlp=lambda x: last.output.dense(last.intermediate(x)))
+    vit = SimpleNamespace(patch_size=model.config.patch_size, last_qkv=last_qkv, blocks=[block],
+                          norm=model.layernorm, forward=model)
+
+A last block that does something else (LayerScale, norms of q and k) is refused: `check_last_block`.
 
     python cam.py         # writes cam.png: windows and class maps, by a ViT small enough to write by hand
 """
@@ -39,15 +66,10 @@ PATCHES_AT_ONCE = {"cpu": 2_400, "cuda": 25_600}          # of windows: what a c
 def last_attention(vit, image):
     """Normalised image (B, 3, H, W) -> what the CLS token does in the last block.
 
-    returns  x (B, D) CLS before the block; A (B, heads, n) its attention over the n = 1 + hw tokens, sums
-             to 1; v (B, heads, n, d) the values. Only this row of the n x n map is ever needed.
+    returns  x (B, D) CLS before the block; A (B, heads, n) its attention over all n tokens, sums to 1;
+             v (B, heads, n, d) the values. Only this row of the n x n map is ever needed.
     """
-    x = vit.prepare_tokens(image)                                                 # (B, n, D)
-    for block in vit.blocks[:-1]:
-        x = block(x)
-    block = vit.blocks[-1]
-    qkv = block.attn.qkv(block.norm1(x)).unflatten(2, (3, block.attn.num_heads, -1))
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)                                          # (B, heads, n, d) each
+    x, q, k, v = vit.last_qkv(image)
     A = (q[:, :, :1] @ k.transpose(2, 3) * q.shape[3] ** -0.5).softmax(3)         # (B, heads, 1, n), Eq. 2
     return x[:, 0], A.squeeze(2), v
 
@@ -59,9 +81,32 @@ def cls_feature(vit, x, attended):
     return vit.norm(x + block.mlp(block.norm2(x)))
 
 
+@torch.no_grad()
+def check_last_block(vit, image):
+    """Once for each ViT: raise ValueError if its last block is not the one written above.
+
+    image   (B, 3, H, W) normalised, of which the first is used. What comes out of the ViT's last norm when it
+            runs by itself is compared with `cls_feature`.
+    """
+    if getattr(vit, "last_block_checked", False):
+        return
+    seen, image = [], image[:1]
+    hook = vit.norm.register_forward_hook(lambda norm, inputs, output: seen.append(output))
+    vit.forward(image)
+    hook.remove()
+    x, A, v = last_attention(vit, image)
+    ours, theirs = cls_feature(vit, x, (A[:, :, None] @ v).flatten(1)), seen[0][:, 0]     # (1, D) each
+    error = ((ours - theirs).norm() / theirs.norm()).item()
+    if not error < 0.02:                                  # bf16 makes 0.01
+        raise ValueError(f"the ViT's last block is not x + proj(A v), then + mlp(norm2(x)): CLS differs by "
+                         f"{100 * error:.0f} %. LayerScale has to be multiplied into attn.proj and mlp.fc2, "
+                         f"norms of q and k belong into last_qkv, and q, k, v have to be in this order")
+    vit.last_block_checked = True
+
+
 def patch_grid(vit, image):
     """Rows and columns of patches in image (B, 3, H, W)."""
-    return tuple(side // vit.patch_embed.proj.kernel_size[0] for side in image.shape[2:])
+    return tuple(side // vit.patch_size for side in image.shape[2:])
 
 
 # ----------------------------------------------------------------------------
@@ -95,8 +140,8 @@ def windows(h, w, scales=THING_SCALES):
 
 
 def attended_patches(A, grid):
-    """Foreground: patches that CLS attends to more than average. A (B, heads, 1 + hw) -> bool (B, h, w)."""
-    attention = A[:, :, 1:].mean(1)                                               # (B, hw)
+    """Foreground: patches that CLS attends to more than average. A (B, heads, n) -> bool (B, h, w)."""
+    attention = A[:, :, -grid[0] * grid[1]:].mean(1)      # (B, hw): the patches come last
     return (attention > attention.mean(1, keepdim=True)).unflatten(1, grid)
 
 
@@ -134,7 +179,8 @@ def window_features(vit, image, size, scales=THING_SCALES, stuff=False):
     stuff    also the background windows (only they describe stuff; without it they are not computed)
     returns  fore (M, D), back (M', D); empty where no window qualifies
     """
-    grid, patch = patch_grid(vit, image), vit.patch_embed.proj.kernel_size[0]
+    check_last_block(vit, image)
+    grid, patch = patch_grid(vit, image), vit.patch_size
     x, A, _ = last_attention(vit, image)
     boxes = windows(*grid, scales)
     fore, back = select_windows(attended_patches(A, grid)[0], boxes, patch)
@@ -198,6 +244,7 @@ def class_activation_maps(vit, image, centroids):
     In closed form: attended = A v is linear in A, so d cos / d A = v u with u = d cos / d attended. One
     backward pass of K copies of one token through the last MLP gives all K of them.
     """
+    check_last_block(vit, image)
     B, K, grid = len(image), len(centroids), patch_grid(vit, image)
     x, A, v = last_attention(vit, image)                        # (B, D), (B, heads, n), (B, heads, n, d)
     attended = (A[:, :, None] @ v).flatten(1)                                     # (B, D)
@@ -205,11 +252,12 @@ def class_activation_maps(vit, image, centroids):
         copies = attended[:, None].repeat(1, K, 1).requires_grad_()               # (B, K, D)
         cosine = F.cosine_similarity(cls_feature(vit, x[:, None], copies), centroids, dim=2)
         u, = torch.autograd.grad(cosine.sum(), copies)                            # (B, K, D)
-    v = v[:, :, 1:].transpose(1, 2).flatten(2)                                    # (B, hw, D)
+    hw = grid[0] * grid[1]                                # the patches come last, behind CLS and registers
+    v = v[:, :, -hw:].transpose(1, 2).flatten(2)                                  # (B, hw, D)
     alpha = u @ v.transpose(1, 2) / A.shape[1]                                    # (B, K, hw)
     evidence = F.relu(alpha)
     evidence = evidence * keep_mass(evidence)
-    attention = A[:, :, 1:].mean(1, keepdim=True)                                 # (B, 1, hw)
+    attention = A[:, :, -hw:].mean(1, keepdim=True)                               # (B, 1, hw)
     maps = attention / attention.amax(2, keepdim=True) + evidence
     return (maps * (alpha >= 0)).view(B, K, *grid)
 
@@ -226,7 +274,7 @@ class HandViT(nn.Module):
             super().__init__()
             self.norm1 = self.norm2 = nn.Identity()
             self.attn = nn.Module()
-            self.attn.num_heads, self.attn.proj = 1, nn.Identity()
+            self.attn.proj = nn.Identity()
             self.attn.qkv = nn.Linear(5, 15, bias=False)
             self.mlp = lambda x: torch.zeros_like(x)
             weight = torch.zeros(15, 5)
@@ -234,17 +282,22 @@ class HandViT(nn.Module):
             weight[12, 2] = weight[13, 3] = weight[14, 4] = 1.0                   # v = colour
             self.attn.qkv.weight.data = weight
 
+    patch_size = 8
+
     def __init__(self):
         super().__init__()
-        self.patch_embed, self.blocks = nn.Module(), nn.ModuleList([self.Block()])
-        self.patch_embed.proj = nn.Conv2d(3, 5, 8, 8)
-        self.norm = nn.LayerNorm(5)
+        self.blocks, self.norm = nn.ModuleList([self.Block()]), nn.LayerNorm(5)
 
-    def prepare_tokens(self, image):
+    def last_qkv(self, image):
         rgb = F.avg_pool2d(image, 8).flatten(2).transpose(1, 2)                   # (B, hw, 3)
         rgb = rgb - rgb.mean(2, keepdim=True)
         tokens = torch.cat([torch.ones_like(rgb[..., :1]), rgb.norm(dim=2, keepdim=True), rgb], dim=2)
-        return torch.cat([tokens.new_tensor([1.0, 0, 0, 0, 0]).expand(len(image), 1, 5), tokens], dim=1)
+        tokens = torch.cat([tokens.new_tensor([1.0, 0, 0, 0, 0]).expand(len(image), 1, 5), tokens], dim=1)
+        return tokens, *self.blocks[0].attn.qkv(tokens)[:, None].chunk(3, dim=3)
+
+    def forward(self, image):
+        x, q, k, v = self.last_qkv(image)
+        return self.norm(x + F.scaled_dot_product_attention(q, k, v)[:, 0])
 
 
 def main():

@@ -195,7 +195,7 @@ def stages(network, checkpoint, image):
     enlarge = lambda masks: F.interpolate(masks, size=pixels.shape[2:], mode="bilinear")
     par = run_par(checkpoint)
     refine = (lambda masks: par(pixels, masks)) if par else enlarge
-    _, A, _ = cam.last_attention(network.vit, normalised)
+    _, A = network.vit(normalised)                                                # (B, heads, 1 + hw)
     attention = A[:, :, 1:].mean(1).unflatten(1, network.vit.grid(normalised))    # (B, h, w)
     maps = cam.class_activation_maps(network.vit, normalised, checkpoint["centroids"].to(device))
     features, scaled = network.features(normalised), losses.min_max(maps)         # (B, K, h, w)

@@ -1,4 +1,4 @@
-"""DMSA's network: DINO's ViT (Eq. 2), ASPP behind its last attention (Fig. 1), Segmenter's decoder (Eq. 3).
+"""DMSA's network: a DINO ViT (Eq. 2), ASPP behind its last attention (Fig. 1), Segmenter's decoder (Eq. 3).
 
     image (B, 3, H, W) --frozen blocks, last attention--> patch tokens x, msa (B, D, h, w)
                        --head: x + msa + ASPP(msa), last MLP, norm, decoder--> logits (B, N, h, w)
@@ -20,6 +20,7 @@ import copy
 import hashlib
 import io
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -31,15 +32,22 @@ from aspp import ASPP
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, what DINO was trained with
 
-DINO_URL = "https://dl.fbaipublicfiles.com/dino/"
-SMALL = dict(img_size=224, embed_dim=384, depth=12, num_heads=6)
-BASE = dict(img_size=224, embed_dim=768, depth=12, num_heads=12)
+WEIGHTS_URL = "https://dl.fbaipublicfiles.com/"
+SMALL, BASE = dict(embed_dim=384, depth=12, num_heads=6), dict(embed_dim=768, depth=12, num_heads=12)
+V2, V3 = dict(img_size=518, patch_size=14), dict(patch_size=16, registers=4, rope=True)
+V2_REG = V2 | dict(registers=4)
 BACKBONES = {                                             # name: (architecture, file shipped or fetched)
     "tiny": (dict(img_size=96, patch_size=8, embed_dim=128, depth=5, num_heads=4), "assets/tiny.pt"),
-    "vits8": (dict(patch_size=8, **SMALL), "dino_deitsmall8_pretrain/dino_deitsmall8_pretrain.pth"),
-    "vits16": (dict(patch_size=16, **SMALL), "dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth"),
-    "vitb8": (dict(patch_size=8, **BASE), "dino_vitbase8_pretrain/dino_vitbase8_pretrain.pth"),
-    "vitb16": (dict(patch_size=16, **BASE), "dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth"),
+    "vits8": (dict(patch_size=8, **SMALL), "dino/dino_deitsmall8_pretrain/dino_deitsmall8_pretrain.pth"),
+    "vits16": (dict(patch_size=16, **SMALL), "dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth"),
+    "vitb8": (dict(patch_size=8, **BASE), "dino/dino_vitbase8_pretrain/dino_vitbase8_pretrain.pth"),
+    "vitb16": (dict(patch_size=16, **BASE), "dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth"),
+    "dinov2_vits14": (V2 | SMALL, "dinov2/dinov2_vits14/dinov2_vits14_pretrain.pth"),
+    "dinov2_vitb14": (V2 | BASE, "dinov2/dinov2_vitb14/dinov2_vitb14_pretrain.pth"),
+    "dinov2_vits14_reg": (V2_REG | SMALL, "dinov2/dinov2_vits14/dinov2_vits14_reg4_pretrain.pth"),
+    "dinov2_vitb14_reg": (V2_REG | BASE, "dinov2/dinov2_vitb14/dinov2_vitb14_reg4_pretrain.pth"),
+    "dinov3_vits16": (V3 | SMALL, None),                  # None: only with a file of weights, see `backbone`
+    "dinov3_vitb16": (V3 | BASE, None),
 }
 
 
@@ -48,7 +56,7 @@ class WeightsError(OSError):
 
 
 # ----------------------------------------------------------------------------
-# ViT with DINO's parameter names, so that its files load strictly and without a map
+# ViT with DINO's parameter names, so that its files load strictly
 
 
 class Attention(nn.Module):
@@ -60,23 +68,25 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
-    def split(self, x):
-        """x (B, n, D) -> q, k, v, each (B, heads, n, d_k)."""
-        return self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    def forward(self, x, rope=None):
+        """x (B, n, D) -> (B, n, D); rope as in `split`."""
+        return self.attend(*self.split(x, rope))
 
-    def forward(self, x):
-        """x (B, n, D) -> (B, n, D). The fused kernel never forms the n x n attention map."""
-        q, k, v = self.split(x)
+    def split(self, x, rope=None):
+        """x (B, n, D) -> q, k, v, each (B, heads, n, d_k); rope: cos, sin (n, d_k) to turn q and k by."""
+        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return (q, k, v) if rope is None else (rotate(q, *rope), rotate(k, *rope), v)
+
+    def attend(self, q, k, v):
+        """q, k, v of `split` -> (B, n, D). The fused kernel never forms the n x n attention map."""
         x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
         return F.dropout(self.proj(x.transpose(1, 2).flatten(2)), self.dropout, self.training)
 
-    def cls_row(self, x):
-        """What the CLS token attends to: softmax(q_cls K^T / sqrt(d_k)), x (B, n, D) -> (B, heads, n).
 
-        One row of the map that `forward` applies; the fused kernel there does not give it away.
-        """
-        q, k, _ = self.split(x)
-        return (q[:, :, :1] @ k.transpose(2, 3) / math.sqrt(k.shape[3])).softmax(3).squeeze(2)
+def rotate(x, cos, sin):
+    """Rotary position (DINOv3): turn the pairs x_i, x_{i + d/2} of x (B, heads, n, d) by the angles."""
+    a, b = x.float().chunk(2, dim=3)
+    return (x * cos + torch.cat([-b, a], dim=3) * sin).to(x.dtype)
 
 
 class Mlp(nn.Module):
@@ -98,8 +108,8 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=eps)
         self.mlp = Mlp(dim, 4 * dim, dropout)
 
-    def forward(self, x):
-        x = x + self.attn(self.norm1(x))
+    def forward(self, x, rope=None):
+        x = x + self.attn(self.norm1(x), rope)
         return x + self.mlp(self.norm2(x))
 
 
@@ -115,23 +125,34 @@ class PatchEmbed(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """DINO's ViT: learned CLS token and position table, pre-norm blocks, final norm.
+    """The ViT of DINO, DINOv2 and DINOv3: CLS, registers, patches; pre-norm blocks; final norm.
 
     img_size     side in pixels that the position table was learned for; other sizes interpolate it
-    patch_size, embed_dim, depth, num_heads     as in DINO: ViT-S is 384 / 12 / 6, ViT-B 768 / 12 / 12
+    patch_size, embed_dim, depth, num_heads     ViT-S is 384 / 12 / 6, ViT-B 768 / 12 / 12
+    registers    learned tokens that only take part in attention; they are no part of what `forward` returns
+    rope         positions turn queries and keys in each block (DINOv3), and there is no table
+
+    DINOv2's and v3's LayerScale needs no module: `load_dino` multiplies it into the layer before it.
     """
 
-    def __init__(self, img_size=224, patch_size=16, embed_dim=384, depth=12, num_heads=6):
+    def __init__(self, img_size=224, patch_size=16, embed_dim=384, depth=12, num_heads=6, registers=0,
+                 rope=False):
         super().__init__()
-        self.patch_size, self.embed_dim, self.side = patch_size, embed_dim, img_size // patch_size
+        self.patch_size, self.side, self.embed_dim, self.registers = (
+            patch_size, img_size // patch_size, embed_dim, registers)
+        eps = 1e-5 if rope else 1e-6
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.side ** 2, embed_dim))
+        if registers:
+            self.register_tokens = nn.Parameter(torch.zeros(1, registers, embed_dim))
+        self.pos_embed = None if rope else nn.Parameter(torch.zeros(1, 1 + self.side ** 2, embed_dim))
+        n = embed_dim // num_heads // 4                   # wave lengths for rows, as many for columns
+        self.register_buffer("periods", 100 ** (torch.arange(n) / n) if rope else None)
         self.patch_embed = PatchEmbed(patch_size, embed_dim)
-        self.blocks = nn.ModuleList(Block(embed_dim, num_heads) for _ in range(depth))
-        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, eps=eps) for _ in range(depth))
+        self.norm = nn.LayerNorm(embed_dim, eps=eps)
         initialize(self)
-        nn.init.trunc_normal_(self.cls_token, std=0.02)
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        for name, p in self.named_parameters(recurse=False):                      # tokens, position table
+            nn.init.trunc_normal_(p, std=0.02)
 
     def grid(self, image):
         """Rows and columns of patches in an image (B, 3, H, W)."""
@@ -140,38 +161,67 @@ class VisionTransformer(nn.Module):
     def position_table(self, image):
         """The position table for this image's size: (1, 1 + hw, D).
 
-        Bicubic, with DINO's own scale factor (h + 0.1) / side: sampling at exactly h / side gives other
-        tokens. Used as it is only for a square image of as many patches as it was learned for.
+        Bicubic. DINO and DINOv2 sample it with a scale factor of (h + 0.1) / side, which gives other tokens
+        than h / side does; DINOv2 with registers by size, antialiased. Used as it is only for a square image
+        of as many patches as it was learned for.
         """
         h, w = self.grid(image)
         if h * w == self.side ** 2 and image.shape[2] == image.shape[3]:
             return self.pos_embed
         table = self.pos_embed[:, 1:].unflatten(1, (self.side, self.side)).permute(0, 3, 1, 2)
-        scale = ((h + 0.1) / self.side, (w + 0.1) / self.side)
-        table = F.interpolate(table, scale_factor=scale, mode="bicubic", align_corners=False)
+        if self.registers:
+            table = F.interpolate(table, size=(h, w), mode="bicubic", antialias=True)
+        else:
+            scale = ((h + 0.1) / self.side, (w + 0.1) / self.side)
+            table = F.interpolate(table, scale_factor=scale, mode="bicubic", align_corners=False)
         return torch.cat([self.pos_embed[:, :1], table.flatten(2).transpose(1, 2)], dim=1)
 
-    def prepare_tokens(self, image):
-        """Normalised image (B, 3, H, W) -> CLS and patch tokens with positions (B, 1 + hw, D)."""
-        patches = self.patch_embed(image).flatten(2).transpose(1, 2)              # (B, hw, D)
-        tokens = torch.cat([self.cls_token.expand(len(image), -1, -1), patches], dim=1)
-        return tokens + self.position_table(image)                                # (B, 1 + hw, D)
+    def rope(self, image):
+        """cos, sin (n, d_k) of the angles by which `rotate` turns each token, or None with a position table.
 
-    def trunk(self, image):
-        """All blocks but the last: (B, 3, H, W) -> (B, 1 + hw, D)."""
-        x = self.prepare_tokens(image)
-        for block in self.blocks[:-1]:
-            x = block(x)
+        Row r of h has the coordinate 2 (r + 0.5) / h - 1, a column likewise; an angle is 2 pi times the
+        coordinate over the period. CLS and registers are not turned: their angles are 0.
+        """
+        if self.periods is None:
+            return None
+        rows, columns = (2 * (torch.arange(n, device=image.device) + 0.5) / n - 1 for n in self.grid(image))
+        place = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=2).flatten(0, 1)    # (hw, 2)
+        angle = (2 * math.pi * place[:, :, None] / self.periods).flatten(1)       # (hw, d_k / 2)
+        angle = F.pad(angle.tile(2), (0, 0, 1 + self.registers, 0))               # (n, d_k)
+        return angle.cos(), angle.sin()
+
+    def prepare_tokens(self, image):
+        """Normalised image (B, 3, H, W) -> CLS, registers, patches (B, n, D), n = 1 + registers + hw."""
+        B, patches = len(image), self.patch_embed(image).flatten(2).transpose(1, 2)               # (B, hw, D)
+        x = torch.cat([self.cls_token.expand(B, -1, -1), patches], dim=1)
+        if self.pos_embed is not None:
+            x = x + self.position_table(image)
+        if self.registers:                                # they have no position
+            x = torch.cat([x[:, :1], self.register_tokens.expand(B, -1, -1), x[:, 1:]], dim=1)
         return x
+
+    def last_qkv(self, image):
+        """All blocks but the last, and what its attention is made of: normalised image (B, 3, H, W) ->
+        tokens before the last block (B, n, D); q, k, v (B, heads, n, d_k)."""
+        x, rope = self.prepare_tokens(image), self.rope(image)
+        for block in self.blocks[:-1]:
+            x = block(x, rope)
+        last = self.blocks[-1]
+        return x, *last.attn.split(last.norm1(x), rope)
 
     def forward(self, image):
         """Normalised image (B, 3, H, W), any size from one patch up.
 
         Returns the tokens after the last norm (B, 1 + hw, D), CLS first, and the CLS row of the last
-        attention (B, heads, 1 + hw), which sums to 1.
+        attention (B, heads, 1 + hw). Registers are left out of both; without any, a row sums to 1.
         """
-        x, last = self.trunk(image), self.blocks[-1]
-        return self.norm(last(x)), last.attn.cls_row(last.norm1(x))
+        (x, q, k, v), last = self.last_qkv(image), self.blocks[-1]
+        x = x + last.attn.attend(q, k, v)
+        x = self.norm(x + last.mlp(last.norm2(x)))                                # (B, n, D)
+        row = (q[:, :, :1] @ k.transpose(2, 3) / math.sqrt(k.shape[3])).softmax(3).squeeze(2)
+        first = 1 + self.registers                        # of the patches
+        return (torch.cat([x[:, :1], x[:, first:]], dim=1),
+                torch.cat([row[:, :, :1], row[:, :, first:]], dim=2))
 
 
 def normalise(image):
@@ -195,6 +245,9 @@ def read_tensors(file):
         content = Path(file).read_bytes()
     except OSError as error:
         raise WeightsError(f"{file}: cannot read this file ({error.strerror})") from None
+    if content[8:9] == b"{":                              # a length, then JSON
+        raise WeightsError(f"{file}: a file of safetensors; convert it where that package is installed: "
+                           f"torch.save(safetensors.torch.load_file('{file}'), 'weights.pt')")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):              # DINO saves its options
             found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
@@ -204,20 +257,43 @@ def read_tensors(file):
     return found, hashlib.sha256(content).hexdigest()
 
 
-def load_dino(vit, file):
-    """Load DINO weights strictly into `vit`; returns the file's SHA-256.
+def dino_names(state):
+    """A state dict as DINO, DINOv2 or DINOv3 save it -> one with `VisionTransformer`'s names, {} if none.
 
-    file     a state dict with DINO's names, in any float type, or DINO's full checkpoint, of which the
-             teacher is taken and its projection head left out
+    Takes the teacher or model of a whole checkpoint, drops wrappers' prefixes, heads and the mask token, and
+    multiplies LayerScale into the layer before it (exact: it is linear).
+    """
+    for key in ("teacher", "state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        return {}
+    prefix = re.compile(r"^((module|_orig_mod|backbone|teacher|encoder)\.)+")
+    state = {prefix.sub("", name): value.float() for name, value in state.items()}
+    state = {name: value for name, value in state.items()
+             if not re.match(r"(head|fc|\w+_head)\.|mask_token$", name)}
+    for name in [name for name in state if name.endswith((".gamma", ".bias_mask"))]:
+        value, block = state.pop(name), name.rsplit(".", 2)[0]                    # blocks.i, or blocks.i.attn
+        if name.endswith("bias_mask"):                    # of DINOv3: 0 for the keys' bias
+            state[f"{block}.qkv.bias"] = state[f"{block}.qkv.bias"] * value
+        else:
+            layer = block + (".attn.proj" if ".ls1." in name else ".mlp.fc2")
+            state[f"{layer}.weight"] = state[f"{layer}.weight"] * value[:, None]
+            state[f"{layer}.bias"] = state[f"{layer}.bias"] * value
+    renamed = {"storage_tokens": "register_tokens", "rope_embed.periods": "periods"}
+    return {renamed.get(name, name): value for name, value in state.items()}
+
+
+def load_dino(vit, file):
+    """Load the weights of a DINO, DINOv2 or DINOv3 strictly into `vit`; returns the file's SHA-256.
+
+    file     as released or as saved by their training scripts (`dino_names`), in any float type
     raises   WeightsError naming the file and what does not fit
     """
-    state, digest = read_tensors(file)
-    if isinstance(state, dict) and "teacher" in state:
-        state = {k.removeprefix("module.").removeprefix("backbone."): v for k, v in state["teacher"].items()
-                 if ".head." not in f".{k}"}
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise WeightsError(f"{file}: holds no state dict of tensors in DINO's format")
-    wanted = vit.state_dict()
+    found, digest = read_tensors(file)
+    state, wanted = dino_names(found), vit.state_dict()
+    if not state:
+        raise WeightsError(f"{file}: holds no state dict of tensors in DINO's format; give another")
     missing, extra = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
     if missing or extra:
         raise WeightsError(f"{file}: does not fit this backbone: {len(missing)} tensors missing {missing[:2]}"
@@ -225,10 +301,11 @@ def load_dino(vit, file):
     for name, value in wanted.items():
         if value.shape != state[name].shape:
             raise WeightsError(f"{file}: {name} is {tuple(state[name].shape)}, this backbone has "
-                               f"{tuple(value.shape)} (patch size or width differ); choose --backbone to fit")
+                               f"{tuple(value.shape)} (patch size, image size or width differ); choose "
+                               f"--backbone to fit")
         if not state[name].isfinite().all():
             raise WeightsError(f"{file}: {name} is not finite: a spoilt file; give another")
-    vit.load_state_dict({k: v.float() for k, v in state.items()}, strict=True)
+    vit.load_state_dict(state, strict=True)
     return digest
 
 
@@ -237,10 +314,13 @@ def backbone(name, file=None):
 
     file     weights to load instead. Returns (vit, file, sha256). Raises WeightsError.
 
-    DINO publishes no checksums, so the SHA-256 of what was loaded is returned to be shown, the file is read
+    No checksums are published, so the SHA-256 of what was loaded is returned to be shown, the file is read
     with weights_only=True and must fit the architecture tensor by tensor.
     """
     architecture, source = BACKBONES[name]
+    if file is None and source is None:
+        raise WeightsError(f"{name}: its weights come by mail after a form, at github.com/facebookresearch/"
+                           f"dinov3; fetch them and give the file with --weights")
     if file is None and name == "tiny":
         file = Path(__file__).resolve().parent / source
     elif file is None:
@@ -248,10 +328,11 @@ def backbone(name, file=None):
         if not file.exists():
             try:
                 file.parent.mkdir(parents=True, exist_ok=True)
-                torch.hub.download_url_to_file(DINO_URL + source, str(file), progress=sys.stderr.isatty())
+                torch.hub.download_url_to_file(WEIGHTS_URL + source, str(file), progress=sys.stderr.isatty())
             except OSError as error:
-                raise WeightsError(f"{name}: no weights in {file}, and {DINO_URL + source} cannot be fetched "
-                                   f"({error}); fetch it elsewhere and give it with --weights FILE") from None
+                raise WeightsError(f"{name}: no weights in {file}, and {WEIGHTS_URL + source} cannot be "
+                                   f"fetched ({error}); fetch it elsewhere and give it with --weights "
+                                   f"FILE") from None
     vit = VisionTransformer(**architecture)
     return vit, file, load_dino(vit, file)
 
@@ -343,10 +424,10 @@ class DMSA(nn.Module):
     def features(self, image):
         """Normalised image (B, 3, H, W) -> x, msa (B, D, h, w): patch tokens before the last block and what
         its attention adds to them. Frozen, so student and teacher share one pass (decision 19)."""
-        last, grid = self.vit.blocks[-1], self.vit.grid(image)
-        x = self.vit.trunk(image)                                                 # (B, 1 + hw, D)
-        msa = last.attn(last.norm1(x))                                            # Eq. 2
-        return tuple(t[:, 1:].transpose(1, 2).unflatten(2, grid) for t in (x, msa))   # without CLS
+        x, q, k, v = self.vit.last_qkv(image)                                     # x (B, n, D)
+        msa, grid = self.vit.blocks[-1].attn.attend(q, k, v), self.vit.grid(image)    # Eq. 2: (B, n, D)
+        first = 1 + self.vit.registers                    # of the patch tokens; CLS and registers pass by
+        return tuple(t[:, first:].transpose(1, 2).unflatten(2, grid) for t in (x, msa))
 
     def decode(self, head, features, rates):
         """Fig. 1: the last block with ASPP behind its attention, then the decoder.

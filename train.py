@@ -772,8 +772,9 @@ OPTIONS = {
     "batch": (int, (1, math.inf), "IMAGES", "global batch, over all processes"),
     "accumulate": (int, (1, math.inf), "N", "parts that a process's batch is cut into, if memory is short"),
     "lr": (float, (0, 1), "X", "learning rate of Adam, constant"),
-    "size": (int, (1, math.inf), "PIXELS", "side of the squashed image. If it is not the default, crops are "
-             "half as large, and the images that windows are cut from twice. Smaller is faster and worse"),
+    "size": (int, (1, math.inf), "PIXELS", "side of the squashed image, 336 where patches have 14 pixels. If it "
+             "is another than the default, crops are half as large, and the images that windows are cut from "
+             "twice. Smaller is faster and worse"),
     "limit": (int, (1, math.inf), "N", "use the first N images of each split (default: all)"),
     "seed": (int, (0, 2 ** 32 - 1), "N", "of everything; for shapes also of the scenes"),
     "workers": (int, (1, math.inf), "N", "threads that decode images"),
@@ -824,6 +825,9 @@ def parse(argv=None):
         p.error(f"--classes: only for --data folder, {args.data} has its own")
     # an option that was given wins over the preset, the preset over the data set's own setting
     settings, preset = SETTINGS[args.data], PRESETS[args.preset]
+    patch = BACKBONES[args.backbone or settings["backbone"]][0]["patch_size"]
+    if args.size is None:                                 # half of it has to be whole patches
+        args.size = math.ceil(settings["size"] / (2 * patch)) * 2 * patch
     for name, value in (settings | preset).items():
         if name == "lambdas":
             value = [own if x is None else x for x, own in zip(value, settings["lambdas"])]
@@ -837,7 +841,6 @@ def parse(argv=None):
         for value in given if isinstance(given, list) else [given]:
             if limits and value is not None and not limits[0] <= value <= limits[1]:              # also NaN
                 p.error(f"{flag(name)} {value}: must be at least {limits[0]} and at most {limits[1]}")
-    patch = BACKBONES[args.backbone][0]["patch_size"]
     if args.size % 2 or args.crop % patch or args.size < 4 * patch:
         p.error(f"--size {args.size}: half of it must be a multiple of {args.backbone}'s patch, {patch}, "
                 f"and at least {2 * patch}")
