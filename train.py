@@ -772,8 +772,8 @@ OPTIONS = {
     "batch": (int, (1, math.inf), "IMAGES", "global batch, over all processes"),
     "accumulate": (int, (1, math.inf), "N", "parts that a process's batch is cut into, if memory is short"),
     "lr": (float, (0, 1), "X", "learning rate of Adam, constant"),
-    "size": (int, (1, math.inf), "PIXELS", "side of the squashed image, 336 where patches have 14 pixels. If it "
-             "is another than the default, crops are half as large, and the images that windows are cut from "
+    "size": (int, (1, math.inf), "PIXELS", "side of the squashed image, 336 for patches of 14 pixels. If it is "
+             "another than the default, crops are half as large, and the images that windows are cut from "
              "twice. Smaller is faster and worse"),
     "limit": (int, (1, math.inf), "N", "use the first N images of each split (default: all)"),
     "seed": (int, (0, 2 ** 32 - 1), "N", "of everything; for shapes also of the scenes"),
