@@ -1,9 +1,10 @@
 """ASPP with a dynamic dilation table (DMSA Sec. 3.1, Eq. 1, Table 1).
 
 (B, D, h, w) patch features -> (B, D, h, w), the same size at every rate. In DMSA it stands behind the last
-self-attention: x + msa + aspp(msa). The dilation rates change with the epoch, the weights stay.
+multi-head self-attention (msa): x + msa + aspp(msa). The dilation rates change with the epoch, the weights
+stay.
 
-    constants -> dilation_rates() -> output_size() -> class Branch -> class ASPP -> main()
+    constants -> dilation_rates() -> output_size() -> AtrousDepthwise, Branch -> class ASPP -> main()
 
 Needs torch only (the picture of `python aspp.py` needs pillow): copy this file anywhere. "Decision N" is row
 N of docs/decisions.md in the DMSA repository, which says what was chosen where the paper is silent.
@@ -41,7 +42,7 @@ def dilation_rates(epoch):
 def output_size(m, kernel=3, rate=1, padding=0, stride=1):
     """Eq. 1: M = (m + 2p - k') / s + 1, with the effective kernel k' = k + (k - 1)(r - 1).
 
-    m, returns   side of the feature map before and after, in patches
+    m and the result are the side of the feature map, before and after, in patches.
     The paper rounds the quotient up; every convolution library rounds it down (decision 5). At stride 1
     nothing is rounded, and padding p = r gives M = m for a 3x3 kernel at every rate.
     """

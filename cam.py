@@ -52,10 +52,10 @@ from scipy.cluster.vq import kmeans2, vq
 
 THING_SCALES = (0.6, 0.5, 0.4, 0.3)                       # sides of the windows as shares of the image: VOC
 SCENE_SCALES = (0.5, 0.4, 0.3, 0.2)                       # COCO
-COVER, CLEAR = 0.5, 0.8                                   # a window is kept with more foreground / background
+COVER, CLEAR = 0.5, 0.8                                   # least share of a window: foreground, background
 KEEP_MASS = 0.8                                           # share of a map's mass that is kept
 RESTARTS = 5                                              # of k-means
-# All these, and those inside the functions, are TransFGU's, but for the restarts: it has one start.
+# All but RESTARTS are TransFGU's (it has one start).
 PATCHES_AT_ONCE = {"cpu": 2_400, "cuda": 25_600}          # of windows: what a cache holds, what fills a GPU
 
 
@@ -114,7 +114,11 @@ def patch_grid(vit, image):
 
 
 def window_centres(n, s):
-    """Centres of windows of side s along n patches: every s / 2 patches, and one window at the far border."""
+    """Patches that are centres of windows of side s along n patches.
+
+    Even s: every s / 2 patches, and one whose window ends at the far border. Odd s: every s patches, and no
+    such window, since its centre would lie between two patches (TransFGU).
+    """
     inside = [c for c in range(n) if s / 2 <= c < n - s / 2]
     return [c for c in inside if c % (s / 2) == 0 or c == n - 1 - s / 2]
 
@@ -125,9 +129,8 @@ def windows(h, w, scales=THING_SCALES):
     scales   sides of the windows as shares of the grid's shorter side. Scale by scale, rows first
     raises   ValueError if no window fits
 
-    A centre is a patch, s = int(min(h, w) * scale). So an even s gives windows of s + 1 patches, half a side
-    apart. For an odd s every other half side falls between patches: the windows have s patches and lie a side
-    apart. On 20 x 20, 40 x 40 and 80 x 80 there are 70 windows for VOC's scales, 142 for COCO's.
+    With s = int(min(h, w) * scale), a window has s + 1 patches a side where s is even, s where it is odd. On
+    20 x 20, 40 x 40 and 80 x 80 there are 70 windows for VOC's scales, 142 for COCO's.
     """
     boxes = []
     for s in (int(min(h, w) * scale) for scale in scales):
@@ -230,16 +233,17 @@ def keep_mass(maps, share=KEEP_MASS):
 
 @torch.no_grad()
 def class_activation_maps(vit, image, centroids):
-    """Eq. 5 as TransFGU has it: where the last attention, and more of it, makes CLS more like a centroid.
+    """Eq. 5 as TransFGU has it: high where CLS attends to a patch, and where attending more would make the
+    CLS feature more like a centroid.
 
     image      (B, 3, H, W) normalised
     centroids  (K, D) tensor, of `cluster`
     returns    (B, K, h, w) >= 0; every image by itself, whatever else is in the batch (decision 10)
-    raises     RuntimeError under torch.inference_mode(), which no gradient is possible in; no_grad() is well
+    raises     RuntimeError under torch.inference_mode(), which allows no gradient; no_grad() is fine
 
-    alpha^c is the gradient of cos(CLS feature, centroid c) in the CLS row of the last attention A, mean over
-    heads. Eq. 5 weighs A by it; TransFGU adds the two (decision 9): L^c = A / max A + the largest alpha^c
-    that together hold 80 % of its positive mass, and 0 where alpha^c < 0.
+    A is the CLS row of the last attention, alpha^c the gradient of cos(CLS feature, centroid c) in A, each
+    the mean over heads. Eq. 5 weighs A by alpha^c; TransFGU adds the two (decision 9): L^c = A / max A + the
+    largest alpha^c that together hold 80 % of its positive mass, and 0 where alpha^c < 0.
 
     In closed form: attended = A v is linear in A, so d cos / d A = v u with u = d cos / d attended. One
     backward pass of K copies of one token through the last MLP gives all K of them.
@@ -253,7 +257,7 @@ def class_activation_maps(vit, image, centroids):
         cosine = F.cosine_similarity(cls_feature(vit, x[:, None], copies), centroids, dim=2)
         u, = torch.autograd.grad(cosine.sum(), copies)                            # (B, K, D)
     hw = grid[0] * grid[1]                                # the patches come last, behind CLS and registers
-    v = v[:, :, -hw:].transpose(1, 2).flatten(2)                                  # (B, hw, D)
+    v = v[:, :, -hw:].transpose(1, 2).flatten(2)                                  # (B, hw, D), D = heads * d
     alpha = u @ v.transpose(1, 2) / A.shape[1]                                    # (B, K, hw)
     evidence = F.relu(alpha)
     evidence = evidence * keep_mass(evidence)

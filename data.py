@@ -522,10 +522,10 @@ def _draw_object(image, label, thing, cx, cy, radius):
     label[alpha > 0.5] = thing["category"] + 1
 
 
-def render(rng, things, size, radius, tint=0.02, clutter=0.2):
+def render(rng, objects, size, radius, tint=0.02, clutter=0.2):
     """Paint objects where they hardly overlap, on noise with small unlabelled clutter, under uneven light.
 
-    things    of `new_object`; radius: (least, most) of them, in shares of the image
+    objects   of `new_object`; radius: (least, most) of them, in shares of the image
     tint      colour of the noise; clutter: highest saturation of the clutter. Larger values make it harder
     returns   uint8 (size, size, 3), uint8 (size, size) of 0 and category + 1
     """
@@ -537,7 +537,7 @@ def render(rng, things, size, radius, tint=0.02, clutter=0.2):
         colour = colorsys.hsv_to_rgb(rng.random(), rng.uniform(0, clutter), rng.uniform(0.2, 1))
         _paint(image, np.clip(0.5 + inside * r * size, 0, 1), np.array(colour))
     placed = []                                           # (x, y, radius) of the objects so far
-    for thing in things:
+    for thing in objects:
         for _ in range(40):                               # no room found: the scene has one object fewer
             r, (cx, cy) = rng.uniform(*radius), rng.uniform(0.2, 0.8, 2)
             if all(math.hypot(cx - a, cy - b) > 0.8 * (r + c) for a, b, c in placed):

@@ -34,7 +34,7 @@ from model import BACKBONES, DMSA, VisionTransformer, normalise, read_tensors
 from par import PAR
 
 GROUP = 16                                                # images of one forward pass
-MOST = 1024                                               # pixels a side of what a photograph is computed at
+MOST = 1024                                               # pixels: photographs are computed at most so long
 
 
 # ----------------------------------------------------------------------------
@@ -85,7 +85,7 @@ def scores(confusion):
     entropy = -(share[share > 0] * np.log(share[share > 0])).sum() / np.log(len(share))
     return {"miou": float(np.nanmean(iou)), "accuracy": float(100 * right.sum() / confusion.sum()),
             "iou": iou, "assignment": assignment,
-            "clusters": int((share > 0).sum()), "entropy": float(abs(entropy))}
+            "clusters": int((share > 0).sum()), "entropy": float(entropy + 0.0)}  # no -0.0
 
 
 # ----------------------------------------------------------------------------
@@ -201,10 +201,10 @@ def stages(network, checkpoint, image):
     features, scaled = network.features(normalised), losses.min_max(maps)         # (B, K, h, w)
     teacher, _ = network.decode(network.teacher, features, rates)                 # (B, N, h, w)
     student, _ = network.decode(network.student, features, rates)                 # (B, N, h, w)
-    label = lambda teacher, refine: losses.pseudo_label(
-        scaled, teacher, refine, args["teacher_weight"], background, args["background"])[0]
-    masks = (label(None, enlarge), enlarge(teacher).argmax(1),
-             label(teacher if checkpoint["teacher_on"] else None, refine), enlarge(student).argmax(1))
+    how = args["teacher_weight"], background, args["threshold"]
+    coarse, _ = losses.pseudo_label(scaled, None, enlarge, *how)                  # (B, S, S)
+    pseudo, _ = losses.pseudo_label(scaled, teacher if checkpoint["teacher_on"] else None, refine, *how)
+    masks = coarse, enlarge(teacher).argmax(1), pseudo, enlarge(student).argmax(1)
     return Stages((attention / attention.amax((1, 2), keepdim=True)).cpu(), maps.cpu(),
                   *(mask.cpu().numpy() for mask in masks))
 
@@ -321,15 +321,15 @@ def score(network, checkpoint, args):
     """Print the table of classes and the scores on the validation split."""
     source, size = open_split(checkpoint, args), checkpoint["args"]["size"]
 
-    def labelled():
-        for i in (i for group in groups(len(source)) for i in group) if args.native else ():
-            yield whole_patches(source.image(i), network.vit.patch_size)[None], source.label(i)[None]
-        for group in () if args.native else groups(len(source)):
-            yield (np.stack([data.squash(source.image(i), size) for i in group]),
-                   np.stack([data.squash(source.label(i), size, "nearest") for i in group]))
-
-    predict = partial(segment, network, checkpoint["rates"], par=args.refine)
-    result = scores(evaluate(labelled(), predict, len(source.names)))
+    if args.native:                                       # one by one, each at its own size
+        labelled = ((whole_patches(source.image(i), network.vit.patch_size)[None], source.label(i)[None])
+                    for i in range(len(source)))
+    else:
+        labelled = ((np.stack([data.squash(source.image(i), size) for i in group]),
+                     np.stack([data.squash(source.label(i), size, "nearest") for i in group]))
+                    for group in groups(len(source)))
+    clusters = partial(segment, network, checkpoint["rates"], par=args.refine)
+    result = scores(evaluate(labelled, clusters, len(source.names)))
     cluster_of = {int(c): k for k, c in enumerate(result["assignment"])}  # class -> cluster
     print("class                 cluster     IoU")
     for i, name in enumerate(source.names):

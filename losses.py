@@ -2,7 +2,7 @@
 
     L_all = lambda_1 L_seg + lambda_2 L_CE + lambda_3 L_un + lambda_4 L_cls
 
-    min_max(), cam_probabilities(), fuse() -> pseudo_label() (Fig. 2)
+    min_max(), with_background(), fuse() -> pseudo_label() (Fig. 2)
     cross_entropy_loss(), segmentation_loss(), uncertainty_loss(), class_loss() -> dmsa_losses() (Eq. 6)
 
 Plain functions of logits (B, N, H, W), labels (B, H, W) and class embeddings (B, N, D). N counts every class,
@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 THRESHOLD = 0.1                                           # of the background channel, TransFGU's
-# alpha(t) of L_CE, t epochs after the teacher began or was last replaced (TransFGU); 0.1 from then on
+# alpha(t) of L_CE, t epochs after the teacher began to take part (TransFGU: or became a new one); then 0.1
 ALPHA = (0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.09, 0.1)
 
 
@@ -71,7 +71,7 @@ def fuse(cam, teacher_logits, teacher_weight):
 def pseudo_label(cam, teacher_logits, refine, teacher_weight, background=True, threshold=THRESHOLD):
     """The upper half of Fig. 2: CAM, fused with the teacher, refined -> the label that the student learns.
 
-    cam             (B, K, h, w)  in [0, 1]: `min_max` of whole images, which may have been cropped since
+    cam             (B, K, h, w)  in [0, 1]: `min_max` of the whole image's maps, or a crop of that
     teacher_logits  (B, N, h, w), or None before the teacher starts: CAM alone
     refine          (B, N, h, w) -> (B, N, H, W), the size of the losses: PAR with the image, or an upsampling
     background      whether class 0 is background, N = K + 1; else N = K
@@ -104,7 +104,7 @@ def cross_entropy_loss(logits, label, permutation=None, alpha=0.0, count=None):
     count        pixels to divide by; default B * H * W
     returns      ()            negative where the wrong class is far less likely than the label
     """
-    log_p = logits.float().log_softmax(1)                 # shared by both terms; sums overflow in float16
+    log_p = logits.float().log_softmax(1)                 # of both terms; in float16 sums overflow
     loss = F.nll_loss(log_p, label, reduction="sum")
     if permutation is not None:
         loss = loss - alpha * F.nll_loss(log_p, permutation[label], reduction="sum")
@@ -153,37 +153,37 @@ def class_loss(class_embeddings, count=None):
     returns           ()         in [0, 2]; 2 when all classes are the same: collapse
     """
     B, N, _ = class_embeddings.shape
-    # of other lengths too the value is the cosine; the gradient takes the lengths as constant
+    # divided by their lengths, so that this is a cosine in any case; no gradient through the lengths
     c = class_embeddings / class_embeddings.norm(dim=2, keepdim=True).detach()
     cosine = c @ c.transpose(1, 2)                                                # (B, N, N)
     i, j = torch.triu_indices(N, N, offset=1, device=c.device)
     return (1 + cosine[:, i, j]).mean(1).sum() / (B if count is None else count)
 
 
-def pixel_counts(label, confident, things):
+def pixel_counts(label, confident, is_thing):
     """What the means of Eq. 6 divide by: (4,) int64, to be added up over the parts of a batch.
 
-    label (B, H, W) int64; confident (B, H, W) bool; things (N,) bool, the classes of L_seg's second half
+    label (B, H, W) int64; confident (B, H, W) bool; is_thing (N,) bool, the classes of L_seg's second half
     returns  images (L_cls), pixels of the first and of the second half (L_seg; together L_CE), confident
              pixels (L_un)
     """
-    second = things[label].sum()
+    second = is_thing[label].sum()
     return torch.stack([second.new_tensor(len(label)), label.numel() - second, second, confident.sum()])
 
 
-def dmsa_losses(logits, class_embeddings, label, confident, counts, things, lambdas, background=True,
+def dmsa_losses(logits, class_embeddings, label, confident, counts, is_thing, lambdas, background=True,
                 permutation=None, alpha=0.0):
     """Eq. 6 for one part of a batch. Returns {"seg", "ce", "un", "cls", "all"}, each ().
 
     logits (B, N, H, W), class_embeddings (B, N, D), label (B, H, W), confident (B, H, W) as above; counts
-    (4,) of the whole batch; things (N,) as in `pixel_counts`; lambdas (lambda_1 .. lambda_4). `background`:
+    (4,) of the whole batch; is_thing (N,) as in `pixel_counts`; lambdas (lambda_1 .. lambda_4). `background`:
     channel 0 is background and has no part in L_un.
     """
-    images, first, second, doubtful = counts
-    seg = segmentation_loss(logits, label, things[label], (first, second))
-    ce = cross_entropy_loss(logits, label, permutation, alpha, first + second)
-    un = uncertainty_loss(logits[:, 1:] if background else logits, confident, doubtful)
-    cls = class_loss(class_embeddings, images)
+    n_images, n_first, n_second, n_confident = counts
+    seg = segmentation_loss(logits, label, is_thing[label], (n_first, n_second))
+    ce = cross_entropy_loss(logits, label, permutation, alpha, n_first + n_second)
+    un = uncertainty_loss(logits[:, 1:] if background else logits, confident, n_confident)
+    cls = class_loss(class_embeddings, n_images)
     lambda_1, lambda_2, lambda_3, lambda_4 = lambdas
     total = lambda_1 * seg + lambda_2 * ce + lambda_3 * un + lambda_4 * cls       # Eq. 6
     return {"seg": seg, "ce": ce, "un": un, "cls": cls, "all": total}

@@ -17,14 +17,15 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# The paper names none of these. The values are those of AFA, which introduced PAR, and the defaults of `PAR`;
-# DMSA's own training has smaller dilations, 1 2 4 8, because its images are 160 x 160 (decision 8).
+# The paper names none of these. The values are those of AFA, which introduced PAR, and the defaults of `PAR`.
+# DMSA's own training has the dilations 1 2 4 8: in images of 160 x 160 the larger ones erase masks that are
+# right already, though they mend wrong ones better (decision 8).
 DILATIONS = (1, 2, 4, 8, 12, 24)
 ITERATIONS = 10
 BANDWIDTH = 0.3
 OMEGA3 = 0.01
 EPS = 1e-8                                                # added to standard deviations
-IMAGES_AT_ONCE = {"cpu": 1, "cuda": 16}                   # a cache holds one; a GPU with one mostly waits
+PIXELS_AT_ONCE = {"cpu": 160 * 160, "cuda": 16 * 160 * 160}   # what a cache holds, what fills a GPU
 
 
 def offsets(dilations):
@@ -81,8 +82,7 @@ def affinity(image, dilations=DILATIONS, omega3=OMEGA3, bandwidth=BANDWIDTH):
 class PAR(nn.Module):
     """Refine masks with the affinities of an image (Eq. 4). No parameters.
 
-    dilations    distances of the 8 neighbours, in pixels. The default is AFA's; DMSA trains with (1, 2, 4, 8)
-                 at 160 x 160, where the larger ones erase good masks (measured: docs/results.md)
+    dilations    distances of the 8 neighbours, in pixels; DMSA trains with (1, 2, 4, 8)
     iterations   how often each pixel takes its neighbours' average
     omega3       weight of the position term
     bandwidth    of both Gaussians, in standard deviations
@@ -105,7 +105,7 @@ class PAR(nn.Module):
         if len(image) != len(masks):
             raise ValueError(f"{len(image)} images but {len(masks)} masks")
         masks = F.interpolate(masks.float(), size=image.shape[2:], mode="bilinear", align_corners=True)
-        n = IMAGES_AT_ONCE["cuda" if image.is_cuda else "cpu"]
+        n = max(1, PIXELS_AT_ONCE["cuda" if image.is_cuda else "cpu"] // image.shape[2:].numel())   # images
         return torch.cat([self.refine(*few) for few in zip(image.split(n), masks.split(n))])
 
     def refine(self, image, masks):

@@ -190,9 +190,10 @@ def test_par_resizes_masks_with_corners_aligned():
 
 def test_par_gives_the_same_however_many_images_it_takes_at_once(monkeypatch):
     image, masks = torch.rand(5, 3, 20, 17), torch.rand(5, 3, 4, 4)
-    alone = par.PAR()(image, masks)
-    monkeypatch.setitem(par.IMAGES_AT_ONCE, "cpu", 2)     # 2 + 2 + 1
-    assert torch.equal(par.PAR()(image, masks), alone)
+    together = par.PAR()(image, masks)
+    for pixels in (1, 2 * 20 * 17):                       # one by one, and 2 + 2 + 1
+        monkeypatch.setitem(par.PIXELS_AT_ONCE, "cpu", pixels)
+        assert torch.equal(par.PAR()(image, masks), together)
 
 
 def test_par_makes_a_coarse_mask_follow_the_edge_of_the_image():
@@ -2822,7 +2823,7 @@ def test_golden_training_step(file, monkeypatch):
     drawn = SimpleNamespace(permutation=lambda n: z["perm"].argsort())
     monkeypatch.setattr(np.random, "default_rng", lambda seed: drawn)
     values = trainer.train_step([train.Target(features, label, confident)],
-                                losses.pixel_counts(label, confident, trainer.things),
+                                losses.pixel_counts(label, confident, trainer.is_thing),
                                 args.teacher_start + 1 + c["epoch"], 0)
     near([values[k] for k in ("ce", "un", "cls", "all")],
          [z[k] for k in ("loss_cat", "loss_uncertainty", "loss_cls_emb", "total")], 1e-5)
@@ -2891,7 +2892,7 @@ def test_every_option_that_readme_names_exists_and_helps_defaults_are_the_real_o
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+[a-z]", README)) <= known | torchrun
     args, (_, text) = train.parse(["--data", "voc"]), program("train.py", "--help")[0]
     for option, value in (("teacher-weight", args.teacher_weight), ("momentum", args.momentum),
-                          ("background", args.background), ("classes", args.classes),
+                          ("threshold", args.threshold), ("classes", args.classes),
                           ("dropout", args.dropout), ("teacher", args.teacher),
                           ("cam-scale", args.cam_scale)):
         entry = " ".join(re.search(rf"\n  --{option} .*?(?=\n  -|\n\n)", text, re.S)[0].split())

@@ -57,9 +57,9 @@ COMMON = dict(
     bank=640, window=320,                                 # pixels: image they are cut from, windows resized
     batch=512, epochs=50, repeat=1, lr=1e-4,              # repeat: passes over the images that make an epoch
     lambdas=(0.1, 1.0, 0.3, 1.0),                         # of Eq. 6: seg, CE, un, cls (decision 16)
-    background=0.1, teacher_weight=0.7,                   # TransFGU's threshold; decision 11
+    threshold=0.1, teacher_weight=0.7,                    # of the background, TransFGU's; decision 11
     teacher_start=5,                                      # epochs of CAM alone
-    intervals=(5, 5, 5, 5, 4, 4, 4, 4, 4, 3),             # epochs between resets of the teacher, by tens
+    intervals=(5, 5, 5, 5, 4, 4, 4, 4, 4, 3),             # of --teacher reset: `replacements`
     aspp="dynamic", par=(1, 2, 4, 8), teacher="ema", momentum=0.99, dropout=0.0,
     cam_scale="image", losses_at="crop", jitter=data.JITTER)
 SETTINGS = {
@@ -81,7 +81,12 @@ RELEASED = dict(aspp="none", par=(), cam_scale="crop", teacher="reset", dropout=
 PRESETS = {"dmsa": {}, "released": RELEASED,
            "transfgu": RELEASED | dict(teacher_weight=0.5, lambdas=(0.0, None, None, None))}
 
-BANK_IMAGES, BANK_WINDOWS = 10_000, 200_000               # k-means sees the windows of so many images at most
+BANK_IMAGES, BANK_WINDOWS = 10_000, 200_000               # most images, most windows of them, for k-means
+LOSSES = ("seg", "ce", "un", "cls", "all")                # of Eq. 6, and their weighted sum
+
+# of several processes, as torchrun says: this one, this one on its machine, how many
+RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 
 # ----------------------------------------------------------------------------
@@ -93,28 +98,19 @@ def rates_of(args, epoch):
     return DEEPLAB_RATES if args.aspp == "static" else dilation_rates(epoch)
 
 
-def replacements(epochs, start, intervals):
-    """TransFGU: the epochs, from 1, before which the teacher becomes the student and the student starts anew.
-
-    For VOC, start 5 and intervals 5, 5, ...: epochs 6, 11, 16, 21, ...
-    """
-    return [epoch for epoch in range(start + 1, epochs + 1)
-            if (epoch - 1) % intervals[min((epoch - 1) // 10, len(intervals) - 1)] == 0]
-
-
 def teacher_age(args, epoch):
-    """Epochs since the teacher began (ema) or was last replaced (reset), from 0; None while there is none."""
-    begun = args.teacher_start + 1
+    """Epochs since the teacher began to take part, from 0; None before that. `reset`: see `replacements`."""
+    first = args.teacher_start + 1
     if args.teacher == "reset":
-        begun = max(replacements(epoch, args.teacher_start, args.intervals), default=math.inf)
-    return epoch - begun if args.teacher != "none" and epoch >= begun else None
+        first = max(replacements(epoch, args.teacher_start, args.intervals), default=math.inf)
+    return epoch - first if args.teacher != "none" and epoch >= first else None
 
 
 class Part(NamedTuple):
     """What a process computes at once: its share of a batch, or with --accumulate a part of that."""
     image: torch.Tensor          # (b, 3, S, S) in 0..1
     cams: torch.Tensor           # (b, K, h, w) in 0..1
-    draws: data.Draws            # of the crop and the colours
+    draws: data.Draws            # random numbers of crop and colours, (b,) each
 
 
 class Target(NamedTuple):
@@ -127,8 +123,8 @@ class Target(NamedTuple):
 class Trainer:
     """Network, optimizer, and how far the run is. `pseudo_labels` and `train_step` are the halves of Fig. 2.
 
-    begun   what the run was begun with: {"images": identity of each split, "weights": SHA-256 of the file of
-            the ViT's weights, "centroids": (K, D)}
+    source  the training data set; begun: what the run was begun with, {"images": identity of each split,
+            "weights": SHA-256 of the file of the ViT's weights, "centroids": (K, D)}
     """
 
     def __init__(self, args, vit, source, begun, device):
@@ -144,23 +140,17 @@ class Trainer:
         # labels and losses have the crop's pixels (decision 18); without PAR they may have its patches
         self.label_size = args.crop if args.par or args.losses_at == "crop" else args.crop // vit.patch_size
         first = 1 if source.background else 0             # things are the second half of L_seg (decision 13)
-        self.things = torch.tensor([first <= n < first + source.things for n in range(N)], device=device)
+        self.is_thing = torch.tensor([first <= n < first + source.things for n in range(N)], device=device)
         able = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         self.bf16 = args.precision == "bf16" or args.precision == "auto" and able
-        self.epoch, self.scored, self.assignment = 0, {}, list(range(N))          # epochs that are done
+        self.epoch, self.scored = 0, {}                   # epochs that are done; scores of CAM, last, best
+        self.assignment = list(range(N))                  # cluster -> class
 
     def low_precision(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def upsample(self, maps):
         return F.interpolate(maps, size=(self.label_size, self.label_size), mode="bilinear")
-
-    def replace_teacher(self):
-        """TransFGU: the teacher becomes the student, the student starts anew; Adam's state is kept."""
-        self.network.teacher.load_state_dict(self.network.student.state_dict())
-        torch.manual_seed(self.args.seed)                 # the start that __init__ gave
-        fresh = Head(self.network.vit.embed_dim, len(self.source.names), self.args.aspp != "none")
-        self.network.student.load_state_dict(fresh.state_dict())
 
     @torch.no_grad()
     def pseudo_labels(self, parts, epoch):
@@ -174,7 +164,8 @@ class Trainer:
             cams = data.crop(part.cams, part.draws, args.crop // patch, "area")   # (b, K, h, w)
             if args.cam_scale == "crop":                  # TransFGU's; else by the whole image (decision 23)
                 cams = min_max(cams)
-            seen, teacher = normalise(data.augment(image, part.draws)), None      # (b, 3, H, W)
+            seen = normalise(data.augment(image, part.draws))                     # (b, 3, H, W)
+            teacher = None
             with self.low_precision():
                 features = network.features(seen)                                 # (b, D, h, w), twice
                 if teacher_age(args, epoch) is not None:
@@ -182,9 +173,9 @@ class Trainer:
                     teacher = teacher.float()                                     # (b, N, h, w) logits
             refine = partial(self.par, image) if self.par else self.upsample
             label, confident = pseudo_label(cams, teacher, refine, args.teacher_weight, background,
-                                            args.background)                      # (b, H, W) each
+                                            args.threshold)                       # (b, H, W) each
             targets.append(Target(features, label, confident))
-        return targets, sum(pixel_counts(t.label, t.confident, self.things) for t in targets)
+        return targets, sum(pixel_counts(t.label, t.confident, self.is_thing) for t in targets)
 
     def train_step(self, targets, counts, epoch, step):
         """Fig. 2, bottom: the losses of the targets, their gradients summed over all processes, one step.
@@ -203,23 +194,23 @@ class Trainer:
             alpha = permutation_weight(age)
         torch.manual_seed(args.seed + 1009 * step + 31 * RANK)                    # only dropout draws from it
         self.optimizer.zero_grad()
-        values = 0.0
+        parts = []
         for target in targets:
             with self.low_precision():
                 logits, class_embeddings = network.decode(network.student, target.features,
                                                           rates_of(args, epoch))
             loss = dmsa_losses(self.upsample(logits.float()), class_embeddings.float(), target.label,
-                               target.confident, counts, self.things, args.lambdas, self.source.background,
+                               target.confident, counts, self.is_thing, args.lambdas, self.source.background,
                                permutation, alpha)
             loss["all"].backward()
-            values = values + torch.stack([value.detach() for value in loss.values()])            # (5,)
-        # the counts are the whole batch's: the sum over processes is the mean over the batch
-        values = all_reduce_sum(values)
+            parts.append(torch.stack([loss[name].detach() for name in LOSSES]))   # (5,)
+        # the counts are the whole batch's: sums over parts and processes are the means over the batch
+        total = all_reduce_sum(sum(parts))                                        # (5,)
         gradient = all_reduce_sum(torch.cat([p.grad.flatten() for p in self.params]))             # (P,)
-        *values, norm = torch.cat([values, gradient.norm()[None]]).tolist()
-        values = dict(zip(loss, values))
-        if not math.isfinite(norm + sum(values.values())):
-            raise FloatingPointError(f"step {step + 1}: {not_finite(self, values, gradient)} not finite; the "
+        *total, norm = torch.cat([total, gradient.norm()[None]]).tolist()
+        losses = dict(zip(LOSSES, total))
+        if not math.isfinite(norm + sum(total)):
+            raise FloatingPointError(f"step {step + 1}: {not_finite(self, losses, gradient)} not finite; the "
                                      f"last checkpoint is kept")
         gradient.clamp_(-1, 1)                                                    # elementwise, as TransFGU
         for p, g in zip(self.params, gradient.split([p.numel() for p in self.params])):
@@ -227,7 +218,7 @@ class Trainer:
         self.optimizer.step()
         if args.teacher == "ema":
             network.update_teacher(step, args.momentum)
-        return values
+        return losses
 
 
 # ----------------------------------------------------------------------------
@@ -246,7 +237,7 @@ def train(args, device):
     for epoch in range(trainer.epoch + 1, args.epochs + 1):           # Table 1 counts from 1
         begin, waited, total = time.time(), 0.0, np.zeros(5)
         if args.teacher == "reset" and teacher_age(args, epoch) == 0:
-            trainer.replace_teacher()
+            replace_teacher(trainer)
         loader = batches(args, images["train"], cams["train"], steps, epoch, device)
         for step, (parts, seconds) in enumerate(loader, (epoch - 1) * steps):
             # for all parts first: the means of the losses need the pixels of the whole batch
@@ -261,8 +252,10 @@ def train(args, device):
                     record |= score(trainer, images["val"], labels, epoch) | trainer.scored["cam"]
             log.write(json.dumps(record) + "\n")
         trainer.epoch = epoch
-        if labels is not None and is_best(trainer, record):
-            save_checkpoint(trainer, "best.pt")
+        if labels is not None:
+            note_scores(trainer, record)
+            if trainer.scored["best"]["epoch"] == epoch:
+                save_checkpoint(trainer, "best.pt")
         save_checkpoint(trainer, "last.pt")
         print0(epoch_line(args, record, dict(zip(losses, total / steps))))
     draw_and_tell(trainer, images["train" if labels is None else "val"], labels)
@@ -452,25 +445,25 @@ def cluster_windows(args, source, vit, digest, device):
     """Windows of the training images -> CLS features, cached -> k-means, things and stuff apart: (K, D)."""
     # evenly over the list, which may be sorted
     chosen = np.linspace(0, len(source) - 1, min(len(source), BANK_IMAGES)).round().astype(int)
-    counts = [source.things, source.stuff] if source.stuff else [source.things]
+    clusters = [source.things, source.stuff] if source.stuff else [source.things]
 
-    def features(shard):                                  # (M, 1 + D): kind, 0 foreground, 1 background; CLS
+    def features(shard):                                  # (M, 1 + D): 0 foreground or 1 background, then CLS
         found = []
         for i in shard:
             image = data.squash(source.image(chosen[i]), args.bank)
             image = normalise(data.to_float(image[None], device))                 # (1, 3, bank, bank)
-            kinds = cam.window_features(vit, image, args.window, args.scales, len(counts) == 2)
+            kinds = cam.window_features(vit, image, args.window, args.scales, source.stuff > 0)
             found += [F.pad(cls.cpu(), (1, 0), value=kind) for kind, cls in enumerate(kinds)]
         return torch.cat(found).half().numpy()
 
     # not in the key: K and the seed, so that other numbers of clusters reuse the windows
-    key = [identity(source), digest, args.bank, args.window, args.scales, len(counts), cam.COVER, cam.CLEAR,
+    key = [identity(source), digest, args.bank, args.window, args.scales, len(clusters), cam.COVER, cam.CLEAR,
            BANK_IMAGES]
     bank = np.concatenate(cached(args, "windows", key, len(chosen), features).shards)
-    centroids = torch.zeros(sum(counts), vit.embed_dim, device=device)
+    centroids = torch.zeros(sum(clusters), vit.embed_dim, device=device)
     if RANK == 0:
         found, rng = [], np.random.default_rng(args.seed)
-        for kind, k in enumerate(counts):
+        for kind, k in enumerate(clusters):
             windows = bank[bank[:, 0] == kind, 1:]                                # (M, D)
             if len(windows) < k:
                 raise UserError(f"--data {args.data}: {len(windows)} windows are too few for {k} clusters; "
@@ -499,6 +492,28 @@ def cached_cams(args, sources, images, vit, digest, centroids, device):
 
 
 # ----------------------------------------------------------------------------
+# TransFGU's teacher (--teacher reset): every few epochs it becomes the student, and the student starts anew
+
+
+def replacements(epochs, start, intervals):
+    """The epochs up to `epochs`, from 1, before which the teacher is replaced.
+
+    start       epochs without a teacher; intervals: how many epochs lie between two replacements in epochs
+                1 to 10, 11 to 20 ...; the last holds for all later ones. For VOC: 6, 11, 16, 21 ...
+    """
+    return [epoch for epoch in range(start + 1, epochs + 1)
+            if (epoch - 1) % intervals[min((epoch - 1) // 10, len(intervals) - 1)] == 0]
+
+
+def replace_teacher(trainer):
+    """The teacher becomes the student, the student gets its first weights; Adam's state is kept."""
+    trainer.network.teacher.load_state_dict(trainer.network.student.state_dict())
+    torch.manual_seed(trainer.args.seed)                  # as Trainer.__init__
+    fresh = Head(trainer.network.vit.embed_dim, len(trainer.source.names), trainer.args.aspp != "none")
+    trainer.network.student.load_state_dict(fresh.state_dict())
+
+
+# ----------------------------------------------------------------------------
 # Scores, log, last words
 
 
@@ -512,8 +527,8 @@ def confusion_of(trainer, inputs, labels, predict):
 def score(trainer, images, labels, epoch):
     """Scores of the student on val with this epoch's rates; keeps the cluster -> class assignment."""
     trainer.network.eval()
-    predict = partial(segment, trainer.network, rates_of(trainer.args, epoch))
-    result = scores(confusion_of(trainer, images, labels, predict))
+    clusters = partial(segment, trainer.network, rates_of(trainer.args, epoch))
+    result = scores(confusion_of(trainer, images, labels, clusters))
     trainer.network.train()
     trainer.assignment = result["assignment"].tolist()
     return {name: result[name] for name in ("miou", "accuracy", "clusters", "entropy")}
@@ -521,12 +536,12 @@ def score(trainer, images, labels, epoch):
 
 def score_cam(trainer, cams, labels):
     """Scores of the coarse labels themselves, on val; prints them, and those of the trivial answer."""
-    def predict(maps, size):                              # (b, K, h, w) -> clusters (b, *size)
+    def clusters(maps, size):                             # (b, K, h, w) -> (b, *size)
         maps = torch.from_numpy(maps).to(trainer.device).float()
-        masks = with_background(maps, trainer.args.background) if trainer.source.background else maps
+        masks = with_background(maps, trainer.args.threshold) if trainer.source.background else maps
         return F.interpolate(masks, size=size, mode="bilinear").argmax(1)
 
-    total = confusion_of(trainer, cams, labels, predict)
+    total = confusion_of(trainer, cams, labels, clusters)
     trivial = torch.zeros_like(total)
     trivial[:, 0] = total.sum(1)                          # all pixels predicted as one cluster
     coarse, trivial = scores(total), scores(trivial)
@@ -535,18 +550,17 @@ def score_cam(trainer, cams, labels):
     return {"cam_miou": coarse["miou"], "cam_accuracy": coarse["accuracy"]}
 
 
-def is_best(trainer, record):
-    """Keep the epoch's scores; whether they are the best so far, on val, as the peers choose an epoch."""
+def note_scores(trainer, record):
+    """Keep the scores of the last epoch, and of the best, which is chosen on val, as the peers do."""
     last = trainer.scored["last"] = {name: record[name] for name in ("epoch", "miou", "accuracy")}
     best = trainer.scored.setdefault("best", last)
     if last["miou"] + last["accuracy"] > best["miou"] + best["accuracy"]:
         trainer.scored["best"] = last
-    return trainer.scored["best"] is last
 
 
-def not_finite(trainer, values, gradient):
+def not_finite(trainer, losses, gradient):
     """Names of the losses, or else of the parameters' gradients, that are not finite."""
-    wrong = [name for name, value in values.items() if not math.isfinite(value)]
+    wrong = [name for name, value in losses.items() if not math.isfinite(value)]
     names = [name for name, _ in trainer.network.student.named_parameters()]
     gradients = zip(names, gradient.split([p.numel() for p in trainer.params]))
     wrong = wrong or ["gradient of " + name for name, g in gradients if not g.isfinite().all()]
@@ -664,9 +678,6 @@ def lock_folder(out):
 # ----------------------------------------------------------------------------
 # Processes and signals
 
-RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
-WORLD = int(os.environ.get("WORLD_SIZE", 1))
-
 
 def start_processes(device):
     """Join the processes that torchrun started (nccl on GPUs, gloo on CPUs); returns this one's device."""
@@ -770,10 +781,11 @@ OPTIONS = {
     "out": (str, None, "DIR", "run folder (default: runs/<data>); caches go beside it, to runs/cache"),
     "epochs": (int, (1, math.inf), "N", "passes over the data; one of voc takes its images 20 times"),
     "batch": (int, (1, math.inf), "IMAGES", "global batch, over all processes"),
-    "accumulate": (int, (1, math.inf), "N", "parts that a process's batch is cut into, if memory is short"),
+    "accumulate": (int, (1, math.inf), "N", "parts that a process's batch is cut into, if memory is short; "
+                   "the result stays the same, but for --dropout"),
     "lr": (float, (0, 1), "X", "learning rate of Adam, constant"),
-    "size": (int, (1, math.inf), "PIXELS", "side of the squashed image, 336 for patches of 14 pixels. If it is "
-             "another than the default, crops are half as large, and the images that windows are cut from "
+    "size": (int, (1, math.inf), "PIXELS", "side of the squashed image; for patches of 14 pixels 336. If it "
+             "is another than the default, crops are half as large, and the images that windows are cut from "
              "twice. Smaller is faster and worse"),
     "limit": (int, (1, math.inf), "N", "use the first N images of each split (default: all)"),
     "seed": (int, (0, 2 ** 32 - 1), "N", "of everything; for shapes also of the scenes"),
@@ -791,7 +803,7 @@ OPTIONS = {
     "teacher_start": (int, (0, math.inf), "EPOCHS", "epochs of CAM alone before the teacher takes part"),
     "momentum": (float, (0, 1), "M", "of the moving average"),
     "lambdas": ([float] * 4, (0, 1e6), ("SEG", "CE", "UN", "CLS"), "weights of Eq. 6"),
-    "background": (float, (0, 1), "T", "CAM below half of it is background"),
+    "threshold": (float, (0, 1), "T", "where all CAMs are below half of it is background"),
     "cam_scale": (("image", "crop"), None, None, "of what CAM's minimum and maximum are; crop is TransFGU's"),
     "losses_at": (("crop", "patches"), None, None, "size of the labels without PAR; patches is TransFGU's"),
     "jitter": ([float] * 4, (0, 1), ("B", "C", "S", "H"), "of brightness, contrast, saturation, hue"),
@@ -870,8 +882,8 @@ def run(args):
                 train(args, device)
         return 0
     except torch.OutOfMemoryError as error:
-        return data.report(f"process {RANK}: not enough GPU memory; raise --accumulate and go on with the "
-                           f"same command ({one_line(error)})")
+        return data.report(f"process {RANK}: not enough GPU memory; cut the batch into more parts with "
+                           f"--accumulate, the run goes on ({one_line(error)})")
     except (FloatingPointError, ConnectionError) as error:
         data.report(error)
         return 1
