@@ -183,6 +183,8 @@ def window_features(vit, image, size, scales=THING_SCALES, stuff=False):
     returns  fore (M, D), back (M', D); empty where no window qualifies
     """
     check_last_block(vit, image)
+    if len(image) != 1:
+        raise ValueError(f"image {tuple(image.shape)}: one at a time, (1, 3, H, W)")
     grid, patch = patch_grid(vit, image), vit.patch_size
     x, A, _ = last_attention(vit, image)
     boxes = windows(*grid, scales)
@@ -249,6 +251,8 @@ def class_activation_maps(vit, image, centroids):
     backward pass of K copies of one token through the last MLP gives all K of them.
     """
     check_last_block(vit, image)
+    if centroids.ndim != 2:
+        raise ValueError(f"centroids {tuple(centroids.shape)}: (K, D) expected")
     B, K, grid = len(image), len(centroids), patch_grid(vit, image)
     x, A, v = last_attention(vit, image)                        # (B, D), (B, heads, n), (B, heads, n, d)
     attended = (A[:, :, None] @ v).flatten(1)                                     # (B, D)

@@ -228,6 +228,8 @@ def squash(image, size, mode="bilinear"):
 
     Bilinear without antialiasing, or nearest (TransFGU).
     """
+    if image.dtype != np.uint8:
+        raise ValueError(f"image is {image.dtype}: uint8 expected")
     x = torch.from_numpy(np.ascontiguousarray(image))
     x = x.permute(2, 0, 1)[None].float() if x.ndim == 3 else x[None, None].float()
     x = F.interpolate(x, size=(size, size), mode=mode)[0]

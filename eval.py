@@ -45,9 +45,12 @@ def confusion_matrix(label, prediction, n):
     """Count pixels: (n, n) int64 [truth, prediction].
 
     label, prediction   equal shapes, numpy or torch integers; labels outside 0..n-1 (void) do not count
+    raises              ValueError for predictions outside 0..n-1
     """
     label, prediction = torch.as_tensor(label).flatten().long(), torch.as_tensor(prediction).flatten().long()
     valid = (label >= 0) & (label < n)                    # void, 255, is neither right nor wrong
+    if label.shape != prediction.shape or ((prediction < 0) | (prediction >= n))[valid].any():
+        raise ValueError(f"prediction: {len(label)} clusters in 0..{n - 1} expected, one for each label")
     return torch.bincount(label[valid] * n + prediction[valid], minlength=n * n).view(n, n)
 
 

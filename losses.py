@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 
 THRESHOLD = 0.1                                           # of the background channel, TransFGU's
+VOID = 255                                                # label of pixels that do not count
 # alpha(t) of L_CE, t epochs after the teacher began to take part (TransFGU: or became a new one); then 0.1
 ALPHA = (0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.09, 0.1)
 
@@ -65,6 +66,8 @@ def fuse(cam, teacher_logits, teacher_weight):
     cam              one map a class, in [0, 1], as `cam_probabilities` gives them
     teacher_weight   0.7 for things, 0.5 where there is stuff (decision 11)
     """
+    if cam.shape != teacher_logits.shape:
+        raise ValueError(f"CAM {tuple(cam.shape)}, teacher {tuple(teacher_logits.shape)}: one shape expected")
     return (1 - teacher_weight) * cam + teacher_weight * teacher_logits.softmax(1)
 
 
@@ -93,38 +96,53 @@ def pseudo_label(cam, teacher_logits, refine, teacher_weight, background=True, t
 # The four losses of Eq. 6
 
 
+def full(x):
+    """Half precision -> float32, in which long sums neither overflow nor lose digits; float64 stays."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def check_pixels(logits, **masks):
+    """Raise ValueError where broadcasting would hide that a mask has not one value for each pixel."""
+    for name, mask in masks.items():
+        if mask.shape != logits[:, 0].shape:
+            raise ValueError(f"{name} {tuple(mask.shape)}: (B, H, W) of {tuple(logits.shape)} expected")
+
+
 def cross_entropy_loss(logits, label, permutation=None, alpha=0.0, count=None):
     """L_CE of Eq. 6: CE(logits, label) - alpha * CE(logits, permutation[label]), mean over pixels (TransFGU).
 
     logits       (B, N, H, W)
-    label        (B, H, W)     int64 in 0..N-1
+    label        (B, H, W)     integers in 0..N-1; pixels of value 255 do not count
     permutation  (N,)          int64: a pixel of class n is pushed away from class permutation[n]. Where that
                                is n itself, the loss of the pixel is (1 - alpha) CE. None without a teacher
     alpha        weight of the second term (`permutation_weight`)
-    count        pixels to divide by; default B * H * W
+    count        pixels to divide by; default those that count
     returns      ()            negative where the wrong class is far less likely than the label
     """
-    log_p = logits.float().log_softmax(1)                 # of both terms; in float16 sums overflow
-    loss = F.nll_loss(log_p, label, reduction="sum")
+    check_pixels(logits, label=label)
+    label, valid = label.long(), label != VOID
+    log_p = full(logits).log_softmax(1)                   # of both terms
+    loss = F.nll_loss(log_p, label, ignore_index=VOID, reduction="sum")
     if permutation is not None:
-        loss = loss - alpha * F.nll_loss(log_p, permutation[label], reduction="sum")
-    return loss / (label.numel() if count is None else count)
+        wrong = permutation[label * valid].masked_fill(~valid, VOID)
+        loss = loss - alpha * F.nll_loss(log_p, wrong, ignore_index=VOID, reduction="sum")
+    return loss / (valid.sum().clamp(min=1) if count is None else count)
 
 
-def segmentation_loss(logits, label, second=None, counts=None, ignore=255):
+def segmentation_loss(logits, label, second=None, counts=None):
     """L_seg of Eq. 6: the mean CE of two halves of the pixels, which count alike (AFA get_seg_loss).
 
     logits    (B, N, H, W)
-    label     (B, H, W)     int64 in 0..N-1; pixels of value `ignore` do not count
+    label     (B, H, W)     integers in 0..N-1; pixels of value 255 do not count
     second    (B, H, W)     bool, the pixels of the second half; default label != 0, so that the halves are
                             background and foreground. Where there is stuff: stuff and things (decision 13)
     counts    pixels of the first and second half to divide by; default those of `label`
     returns   ()            an empty half counts 0 (AFA's is NaN)
     """
     second = label != 0 if second is None else second
-    valid = label != ignore
-    # (B, H, W), 0 where ignored
-    ce = F.cross_entropy(logits.float(), label, ignore_index=ignore, reduction="none")
+    check_pixels(logits, label=label, second=second)
+    ce = F.cross_entropy(full(logits), label.long(), ignore_index=VOID, reduction="none")         # (B, H, W)
+    valid = label != VOID
     halves = (valid & ~second, valid & second)
     if counts is None:
         counts = [half.sum() for half in halves]
@@ -139,7 +157,10 @@ def uncertainty_loss(logits, confident, count=None):
     count      pixels to divide by; default those of `confident`
     returns    ()            in [0, 1]; 0, not NaN, without any such pixel
     """
-    p1, p2 = logits.float().softmax(1).topk(2, dim=1).values.unbind(1)            # (B, H, W) each
+    check_pixels(logits, confident=confident)
+    if logits.shape[1] < 2:
+        raise ValueError(f"logits {tuple(logits.shape)}: two classes at least have to compete")
+    p1, p2 = full(logits).softmax(1).topk(2, dim=1).values.unbind(1)              # (B, H, W) each
     doubt = (1 - (p1 - p2)) * confident
     count = confident.sum() if count is None else torch.as_tensor(count)
     return doubt.sum() / count.clamp(min=1)
@@ -153,6 +174,8 @@ def class_loss(class_embeddings, count=None):
     returns           ()         in [0, 2]; 2 when all classes are the same: collapse
     """
     B, N, _ = class_embeddings.shape
+    if N < 2:
+        raise ValueError(f"class embeddings {tuple(class_embeddings.shape)}: at least two classes expected")
     # divided by their lengths, so that this is a cosine in any case; no gradient through the lengths
     c = class_embeddings / class_embeddings.norm(dim=2, keepdim=True).detach()
     cosine = c @ c.transpose(1, 2)                                                # (B, N, N)
@@ -167,8 +190,9 @@ def pixel_counts(label, confident, is_thing):
     returns  images (L_cls), pixels of the first and of the second half (L_seg; together L_CE), confident
              pixels (L_un)
     """
-    second = is_thing[label].sum()
-    return torch.stack([second.new_tensor(len(label)), label.numel() - second, second, confident.sum()])
+    valid = label != VOID
+    second = (is_thing[label.long() * valid] & valid).sum()
+    return torch.stack([second.new_tensor(len(label)), valid.sum() - second, second, confident.sum()])
 
 
 def dmsa_losses(logits, class_embeddings, label, confident, counts, is_thing, lambdas, background=True,
@@ -180,7 +204,7 @@ def dmsa_losses(logits, class_embeddings, label, confident, counts, is_thing, la
     channel 0 is background and has no part in L_un.
     """
     n_images, n_first, n_second, n_confident = counts
-    seg = segmentation_loss(logits, label, is_thing[label], (n_first, n_second))
+    seg = segmentation_loss(logits, label, is_thing[label.long() * (label != VOID)], (n_first, n_second))
     ce = cross_entropy_loss(logits, label, permutation, alpha, n_first + n_second)
     un = uncertainty_loss(logits[:, 1:] if background else logits, confident, n_confident)
     cls = class_loss(class_embeddings, n_images)

@@ -192,7 +192,7 @@ class VisionTransformer(nn.Module):
 
     def prepare_tokens(self, image):
         """Normalised image (B, 3, H, W) -> CLS, registers, patches (B, n, D), n = 1 + registers + hw."""
-        B, patches = len(image), self.patch_embed(image).flatten(2).transpose(1, 2)               # (B, hw, D)
+        B, patches = image.shape[0], self.patch_embed(image).flatten(2).transpose(1, 2)           # (B, hw, D)
         x = torch.cat([self.cls_token.expand(B, -1, -1), patches], dim=1)
         if self.pos_embed is not None:
             x = x + self.position_table(image)
@@ -225,7 +225,9 @@ class VisionTransformer(nn.Module):
 
 
 def normalise(image):
-    """Image (B, 3, H, W) in 0..1 -> with the mean 0 and deviation 1 of ImageNet, as DINO was trained."""
+    """Image (B, 3, H, W), floats in 0..1 -> with ImageNet's mean at 0 and deviation at 1, as DINO has it."""
+    if not image.is_floating_point():
+        raise ValueError(f"image is {image.dtype}: floats in 0..1 expected, divide by 255")
     mean, std = (image.new_tensor(rgb).view(3, 1, 1) for rgb in (MEAN, STD))
     return (image - mean) / std
 
@@ -375,7 +377,7 @@ class MaskTransformer(nn.Module):
         masks of Eq. 3.
         """
         x = self.proj_dec(patch_tokens)                                           # (B, hw, width)
-        x = torch.cat([x, self.cls_emb.expand(len(x), -1, -1)], dim=1)            # (B, hw + N, width)
+        x = torch.cat([x, self.cls_emb.expand(x.shape[0], -1, -1)], dim=1)        # (B, hw + N, width)
         for block in self.blocks:
             x = block(x)
         x = self.decoder_norm(x)

@@ -53,17 +53,22 @@ def neighbour_index(H, W, dilations):
     return (y[:, None] * W + x).flatten(0, 1)
 
 
+def full(x):
+    """Half precision and integers -> float32; float64 stays."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 @torch.no_grad()
 def affinity(image, dilations=DILATIONS, omega3=OMEGA3, bandwidth=BANDWIDTH):
     """Eq. 4: k = softmax(k_rgb) + omega3 * softmax(k_pos), both over the N = 8 * |dilations| neighbours.
 
     image    (B, 3, H, W), any range: colour differences are divided by their own standard deviation
-    returns  (B, N, H, W) in fp32; sums to 1 + omega3 over N
+    returns  (B, N, H, W) in fp32, of a float64 image in float64; sums to 1 + omega3 over N
 
     k_rgb = -((|I_kl - I_ij| / std_rgb) / bandwidth)^2, averaged over the three colours; std_rgb is the
     unbiased standard deviation of the N neighbours' values. k_pos is the same of the distance in pixels.
     """
-    image, N = image.float(), 8 * len(dilations)
+    image, N = full(image), 8 * len(dilations)
     mean, squares = torch.zeros_like(image), torch.zeros_like(image)              # (B, 3, H, W) each
     for neighbour in neighbours(image, dilations):
         mean += neighbour
@@ -71,7 +76,7 @@ def affinity(image, dilations=DILATIONS, omega3=OMEGA3, bandwidth=BANDWIDTH):
     for neighbour in neighbours(image, dilations):
         squares += (neighbour - mean).square_()
     scale = 1 / (((squares / (N - 1)).sqrt() + EPS) * bandwidth)                  # (B, 3, H, W)
-    k_rgb = image.new_empty(len(image), N, *image.shape[2:])                      # (B, N, H, W)
+    k_rgb = image.new_empty(image.shape[0], N, *image.shape[2:])                  # (B, N, H, W)
     for i, neighbour in enumerate(neighbours(image, dilations)):
         k_rgb[:, i] = -(neighbour - image).mul_(scale).square_().mean(1)
     distance = image.new_tensor([math.hypot(dy, dx) for dy, dx in offsets(dilations)])
@@ -95,24 +100,27 @@ class PAR(nn.Module):
 
     @torch.no_grad()
     def forward(self, image, masks):
-        """image (B, 3, H, W), masks (B, C, h, w) of any size -> (B, C, H, W) in fp32.
+        """image (B, 3, H, W), masks (B, C, h, w) of any size -> (B, C, H, W), fp32, or float64 if masks are.
 
         Masks are first resized to the image (bilinear, align_corners=True, as AFA does). The weights of a
         pixel sum to 1 + omega3, so `iterations` rounds multiply a constant mask by (1 + omega3)^iterations,
         1.1046 by default; the arg max over channels is unaffected. No gradient passes. Raises ValueError if
-        the batch sizes differ.
+        the shapes are others. torch.export takes it with a dynamic B, not with a dynamic H or W.
         """
-        if len(image) != len(masks):
-            raise ValueError(f"{len(image)} images but {len(masks)} masks")
-        masks = F.interpolate(masks.float(), size=image.shape[2:], mode="bilinear", align_corners=True)
+        if image.ndim != 4 or image.shape[1] != 3 or masks.ndim != 4 or masks.shape[0] != image.shape[0]:
+            raise ValueError(f"image {tuple(image.shape)}, masks {tuple(masks.shape)}: (B, 3, H, W) and "
+                             f"(B, C, h, w) expected")
+        masks = F.interpolate(full(masks), size=image.shape[2:], mode="bilinear", align_corners=True)
         n = max(1, PIXELS_AT_ONCE["cuda" if image.is_cuda else "cpu"] // image.shape[2:].numel())   # images
+        if torch.compiler.is_compiling():                 # of an exported batch the size is not known
+            return self.refine(image, masks)
         return torch.cat([self.refine(*few) for few in zip(image.split(n), masks.split(n))])
 
     def refine(self, image, masks):
         """All iterations for a few images: (n, 3, H, W), masks (n, C, H, W) -> (n, C, H, W)."""
         n, C, H, W = masks.shape
         k = affinity(image, self.dilations, self.omega3, self.bandwidth)          # (n, N, H, W)
-        weights = k.flatten(2).transpose(1, 2).flatten(0, 1).contiguous()         # (n HW, N), a row a pixel
+        weights = k.to(masks.dtype).flatten(2).transpose(1, 2).flatten(0, 1).contiguous()         # (n HW, N)
         del k                                             # as large as all that is left
         index = neighbour_index(H, W, self.dilations).to(image.device)            # (HW, N), of one image
         first = torch.arange(n, dtype=torch.int32, device=image.device) * (H * W)

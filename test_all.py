@@ -203,11 +203,6 @@ def test_par_makes_a_coarse_mask_follow_the_edge_of_the_image():
     assert iou(par.PAR((1, 2, 4, 8))(image, coarse)) > 0.98 > 0.95 > iou(par.PAR(iterations=0)(image, coarse))
 
 
-def test_par_names_a_wrong_batch():
-    with pytest.raises(ValueError, match="2 images but 3 masks"):
-        par.PAR()(torch.rand(2, 3, 8, 8), torch.rand(3, 2, 8, 8))
-
-
 # ----------------------------------------------------------------------------
 # losses.py
 
@@ -273,6 +268,77 @@ def test_class_loss_is_the_mean_over_pairs_of_1_plus_cosine():
              for b in range(2) for i in range(4) for j in range(i + 1, 4)]
     torch.testing.assert_close(losses.class_loss(c), torch.stack(pairs).mean())
     assert losses.class_loss(torch.ones(1, 3, 4)).item() == pytest.approx(2)
+
+
+def test_every_loss_keeps_float64_and_has_the_gradient_that_it_should():
+    logits, c = randn(2, 3, 2, 2).double().requires_grad_(), randn(2, 3, 4).double().requires_grad_()
+    label, permutation = torch.randint(0, 3, (2, 2, 2)), torch.tensor([1, 2, 0])
+    for loss in (lambda x: losses.cross_entropy_loss(x, label, permutation, 0.1),
+                 lambda x: losses.segmentation_loss(x, label),
+                 lambda x: losses.uncertainty_loss(x, label > 0)):
+        assert torch.autograd.gradcheck(loss, logits) and loss(logits).dtype == torch.float64
+    # of vectors of unit length, as the decoder gives them
+    assert torch.autograd.gradcheck(lambda x: losses.class_loss(F.normalize(x, dim=2)), c)
+
+
+def test_losses_and_counts_leave_out_255_and_take_any_integers():
+    logits, label = randn(2, 3, 4, 5), torch.randint(0, 3, (2, 4, 5))
+    void, permutation = torch.rand(2, 4, 5) < 0.3, torch.tensor([1, 2, 0])
+    marked = label.masked_fill(void, 255).to(torch.uint8)
+    kept = logits.permute(0, 2, 3, 1)[~void].T[None, :, None], label[~void][None, None]   # 1 x n pixels
+    for loss in (losses.cross_entropy_loss, losses.segmentation_loss,
+                 lambda x, y: losses.cross_entropy_loss(x, y, permutation, 0.1)):
+        torch.testing.assert_close(loss(logits, marked), loss(*kept))
+    is_thing = torch.tensor([False, True, True])
+    counts = losses.pixel_counts(marked.long(), label > 0, is_thing)
+    assert counts[1:3].tolist() == losses.pixel_counts(kept[1], kept[1] > 0, is_thing)[1:3].tolist()
+
+
+def test_what_broadcasting_would_hide_is_refused_by_name():
+    logits, label, image = randn(2, 3, 4, 5), torch.zeros(2, 4, 5, dtype=torch.long), torch.rand(2, 3, 8, 8)
+    vit = small_vit()
+    cases = {"label (2, 1, 4, 5)": lambda: losses.cross_entropy_loss(logits, label[:, None]),
+             "second (2, 1, 4, 5)": lambda: losses.segmentation_loss(logits, label, label[:, None] > 0),
+             "confident (2, 1, 4, 5)": lambda: losses.uncertainty_loss(logits, label[:, None] > 0),
+             "two classes at least": lambda: losses.uncertainty_loss(logits[:, :1], label > 0),
+             "at least two classes": lambda: losses.class_loss(torch.ones(2, 1, 4)),
+             "CAM (2, 1, 4, 5)": lambda: losses.fuse(logits[:, :1], logits, 0.5),
+             "image (2, 8, 8, 3)": lambda: par.PAR()(image.permute(0, 2, 3, 1), logits),
+             "masks (3, 3, 4, 5)": lambda: par.PAR()(image, randn(3, 3, 4, 5)),
+             "image (3, 8, 8)": lambda: par.PAR()(image[0], logits[0]),
+             "uint8": lambda: model.normalise(image.byte()),
+             "float32": lambda: data.squash(np.zeros((4, 4, 3), np.float32), 2),
+             "centroids (48,)": lambda: cam.class_activation_maps(vit, randn(1, 3, 64, 64), randn(48)),
+             "one at a time": lambda: cam.window_features(vit, randn(2, 3, 64, 64), 32),
+             "0..2 expected": lambda: evaluation.confusion_matrix([0, 1], [0, 3], 3)}
+    for message, call in cases.items():
+        with pytest.raises(ValueError, match=re.escape(message)):
+            call()
+
+
+def test_par_keeps_float64_and_takes_half_precision():
+    image, masks = torch.rand(1, 3, 9, 9), torch.rand(1, 2, 3, 3)
+    exact = par.PAR((1, 2))(image.double(), masks.double())
+    assert exact.dtype == torch.float64
+    torch.testing.assert_close(par.PAR((1, 2))(image, masks).double(), exact, rtol=1e-5, atol=1e-6)
+    assert par.PAR((1, 2))(image.half(), masks.half()).dtype == torch.float32
+
+
+def test_network_and_par_export_with_a_dynamic_batch():
+    class Segment(nn.Module):
+        network = model.DMSA(small_vit(), 4).eval()
+
+        def forward(self, image):
+            return self.network(image, (1, 1, 2, 3))
+
+    batch = torch.export.Dim("batch", min=1, max=64)
+    for module, names, shapes in ((Segment(), ("image",), [(3, 32, 40)]),
+                                  (par.PAR((1, 2)), ("image", "masks"), [(3, 12, 10), (4, 3, 5)])):
+        module.eval()
+        exported = torch.export.export(module, tuple(torch.rand(2, *shape) for shape in shapes),
+                                       dynamic_shapes={name: {0: batch} for name in names}).module()
+        inputs = [torch.rand(5, *shape) for shape in shapes]
+        torch.testing.assert_close(exported(*inputs), module(*inputs))
 
 
 def test_losses_of_the_parts_of_a_batch_add_up_to_those_of_the_whole():
