@@ -2966,6 +2966,20 @@ def test_every_option_that_readme_names_exists_and_helps_defaults_are_the_real_o
                 else f"default: {value}" in entry), option
 
 
+def test_decisions_that_code_cites_exist_and_functions_that_docs_name_do():
+    decisions = (HERE / "docs" / "decisions.md").read_text()
+    rows = set(re.findall(r"^\| (\d+) \|", decisions, re.M))
+    for file in HERE.glob("*.py"):
+        assert set(re.findall(r"[Dd]ecisions? (\d+)", file.read_text())) <= rows, file
+    for text in (README, decisions, (HERE / "docs" / "results.md").read_text()):
+        for file, name in re.findall(r"`((?:tools/)?\w+\.py): ([\w.]+)`", text):
+            assert re.search(rf"^\s*(?:def|class) {name.split('.')[-1]}\b|^{name} = ",
+                             (HERE / file).read_text(), re.M), (file, name)
+        for target, anchor in re.findall(r"\]\((docs/\w+\.md|)#([\w-]+)\)", text):
+            headings = re.findall(r"^#+ (.*)$", (HERE / target).read_text() if target else text, re.M)
+            assert anchor in {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}, anchor
+
+
 def test_readme_counts_its_files_and_lines_and_shows_only_pictures_that_exist():
     lines = sum(len(f.read_text().splitlines()) for f in HERE.glob("*.py") if f.name != "test_all.py")
     assert f"Eight Python files, {lines:,} lines" in README
