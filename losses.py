@@ -153,7 +153,8 @@ def uncertainty_loss(logits, confident, count=None):
     """L_un of Eq. 6: 1 - (p_1 - p_2), the gap of the best two classes, mean over confident pixels (TransFGU).
 
     logits     (B, K, H, W)  of the classes that compete, K >= 2: without the background channel
-    confident  (B, H, W)     bool, pixels that count
+    confident  (B, H, W)     bool, pixels that count; `pseudo_label` gives those where the CAM of some class
+                             exceeds the threshold, or all where there is no background
     count      pixels to divide by; default those of `confident`
     returns    ()            in [0, 1]; 0, not NaN, without any such pixel
     """

@@ -5,8 +5,9 @@
     torchrun --nproc_per_node=6 train.py --data voc                # six GPUs, the paper's setting
     python train.py --data folder --root photos --classes 10       # images of one's own, no labels
 
-A run that was stopped goes on from its last whole epoch when the same command is given again. --batch is the
-global batch: the result does not depend on the number of processes but for the order of float32 sums.
+A run that was stopped, at any moment, goes on when the same command is given again: from last.pt, which is
+written after every epoch, with the same random numbers, so that nothing but the begun epoch is done twice.
+--batch is the global batch: the result does not depend on the number of processes but for the order of sums.
 
     settings -> the method: class Trainer -> the loop: train()
     -> what a run needs besides: caches, data, checkpoints, processes and signals, options, main()
@@ -154,8 +155,10 @@ class Trainer:
 
     @torch.no_grad()
     def pseudo_labels(self, parts, epoch):
-        """Fig. 2, top: CAM and teacher, fused, refined by PAR. Returns a Target for each Part, and the pixel
-        counts (4,) of all, which the losses divide by."""
+        """Fig. 2, top: CAM and teacher, fused, refined by PAR; in the first epochs (`teacher_age`) CAM alone.
+
+        Returns a Target for each Part, and the pixel counts (4,) of all, which the losses divide by.
+        """
         args, network, targets = self.args, self.network, []
         patch, background = network.vit.patch_size, self.source.background
         for part in parts:
@@ -442,7 +445,11 @@ def cached_squashed(args, name, source, read, files, mode="bilinear"):
 
 
 def cluster_windows(args, source, vit, digest, device):
-    """Windows of the training images -> CLS features, cached -> k-means, things and stuff apart: (K, D)."""
+    """Windows of the training images -> CLS features, cached -> k-means, things and stuff apart: (K, D).
+
+    For a new run only: afterwards the centroids are in last.pt. They depend on the images, the ViT, K and the
+    seed, and also on the machine and its threads, whose sums differ in the last digits.
+    """
     # evenly over the list, which may be sorted
     chosen = np.linspace(0, len(source) - 1, min(len(source), BANK_IMAGES)).round().astype(int)
     clusters = [source.things, source.stuff] if source.stuff else [source.things]
