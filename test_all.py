@@ -341,6 +341,21 @@ def test_network_and_par_export_with_a_dynamic_batch():
         torch.testing.assert_close(exported(*inputs), module(*inputs))
 
 
+def test_the_parts_of_a_training_step_compile_without_a_break_and_give_the_same():
+    network, draws, is_thing = model.DMSA(small_vit(), 4), data.draw(0, 1, [0, 1]), torch.arange(4) > 0
+
+    def step(image, label):
+        seen = model.normalise(data.augment(data.crop(image, draws, 32), draws))
+        logits, c = network.decode(network.student, network.features(seen), (1, 1, 2, 3))
+        counts = losses.pixel_counts(label, label > 1, is_thing)
+        return losses.dmsa_losses(logits, c, label, label > 1, counts, is_thing, (0.3, 1.0, 0.3, 1.0))["all"]
+
+    image, label, masks = torch.rand(2, 3, 64, 64), torch.randint(0, 4, (2, 4, 4)), torch.rand(2, 4, 8, 8)
+    for form, inputs in ((step, (image, label)), (par.PAR((1, 2)), (image, masks))):
+        compiled = torch.compile(form, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(*inputs), form(*inputs), rtol=1e-4, atol=1e-5)
+
+
 def test_losses_of_the_parts_of_a_batch_add_up_to_those_of_the_whole():
     label = torch.randint(0, 4, (6, 5, 5), generator=torch.Generator().manual_seed(0))
     label[:2] = 0                                         # parts with very different shares of foreground
