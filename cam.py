@@ -241,7 +241,7 @@ def class_activation_maps(vit, image, centroids):
     image      (B, 3, H, W) normalised
     centroids  (K, D) tensor, of `cluster`
     returns    (B, K, h, w) >= 0; every image by itself, whatever else is in the batch (decision 10)
-    raises     RuntimeError under torch.inference_mode(), which allows no gradient; no_grad() is fine
+    raises     RuntimeError under torch.inference_mode(); torch.no_grad() is fine
 
     A is the CLS row of the last attention, alpha^c the gradient of cos(CLS feature, centroid c) in A, each
     the mean over heads. Eq. 5 weighs A by alpha^c; TransFGU adds the two (decision 9): L^c = A / max A + the
@@ -251,6 +251,8 @@ def class_activation_maps(vit, image, centroids):
     backward pass of K copies of one token through the last MLP gives all K of them.
     """
     check_last_block(vit, image)
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("torch.inference_mode() allows no gradient, which these maps need: use no_grad()")
     if centroids.ndim != 2:
         raise ValueError(f"centroids {tuple(centroids.shape)}: (K, D) expected")
     B, K, grid = len(image), len(centroids), patch_grid(vit, image)

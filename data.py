@@ -43,8 +43,8 @@ class UserError(OSError):
 
 
 def report(error):
-    """Print a UserError, or an OSError of the system, as `PROGRAM: LINE` on stderr; returns exit code 2."""
-    line = f"{error.filename}: {error.strerror}" if error.filename else error
+    """Print an error, a UserError or the system's OSError or any text, as `PROGRAM: LINE`; returns 2."""
+    line = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else error
     print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
     return 2
 

@@ -15,10 +15,14 @@ that most pixels are right (Hungarian matching), and only then is anything score
 
 import argparse
 import json
+import signal
 import sys
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)          # Ctrl-C: no traceback
 
 import numpy as np
 import torch
@@ -98,7 +102,7 @@ def scores(confusion):
 def load_checkpoint(file):
     """The dict that train.py saved: tensors and plain values. Raises WeightsError, UserError."""
     checkpoint, _ = read_tensors(file)
-    needed = {"student", "teacher", "vit", "args", "names"}
+    needed = {"student", "teacher", "vit", "args", "names", "epoch", "rates", "assignment", "centroids"}
     if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
         raise UserError(f"{file}: not a checkpoint of train.py; give last.pt or best.pt of a run")
     return checkpoint
@@ -226,7 +230,7 @@ def grey(maps, size):
 def page(rows, titles, names, cell=160):
     """A picture of rows of uint8 (S, S, 3) tiles under titles, with a legend of the classes."""
     gap, head, columns, colours = 6, 24, len(titles), data.palette()
-    lines = -(-len(names) // (2 * columns))               # of the legend, two classes a column
+    lines = -(-len(names) // columns)                     # of the legend
     width, height = columns * (cell + gap) + gap, head + len(rows) * (cell + gap) + 18 * lines + gap
     sheet = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(sheet)
@@ -237,15 +241,18 @@ def page(rows, titles, names, cell=160):
             tile = Image.fromarray(tile).resize((cell, cell), Image.NEAREST)
             sheet.paste(tile, (gap + column * (cell + gap), head + r * (cell + gap)))
     for i, name in enumerate(names):
-        line, place = divmod(i, 2 * columns)
-        x, y = gap + place * (cell + gap) // 2, head + len(rows) * (cell + gap) + 18 * line
+        line, column = divmod(i, columns)
+        x, y = gap + column * (cell + gap), head + len(rows) * (cell + gap) + 18 * line
         pen.rectangle([x, y + 1, x + 12, y + 13], fill=tuple(colours[i].tolist()), outline="grey")
-        pen.text((x + 16, y + 1), name[:11], "black")
+        pen.text((x + 16, y + 1), name[:24], "black")
     return sheet
 
 
-def panels(network, checkpoint, images, labels, file):
-    """Draw image, attention, CAM, pseudo label, prediction, truth: uint8 (B, S, S, 3), (B, S, S) or None."""
+def panels(network, checkpoint, images, labels):
+    """A picture of image, attention, coarse and pseudo label, prediction and truth.
+
+    images uint8 (B, S, S, 3); labels (B, S, S) or None
+    """
     colours, found = data.palette(), stages(network, checkpoint, images)
     coloured = lambda clusters: colours[np.array(checkpoint["assignment"])[clusters]]
     rows = []
@@ -253,13 +260,12 @@ def panels(network, checkpoint, images, labels, file):
         row = [images[i], grey(found.attention[i], images.shape[1])]
         row += [coloured(mask[i]) for mask in (found.coarse, found.pseudo, found.student)]
         rows.append(row + ([colours[labels[i]]] if labels is not None else []))
-    refined = "fused + PAR" if checkpoint["args"]["par"] else "fused"
-    titles = ["image", "attention", "CAM", refined, "prediction", "truth"]
-    page(rows, titles[:len(rows[0])], checkpoint["names"]).save(file)
+    titles = ["image", "attention", "coarse label", "pseudo label", "prediction", "truth"]
+    return page(rows, titles[:len(rows[0])], checkpoint["names"])
 
 
-def curves(log, file):
-    """Write the losses and scores of log.jsonl by epoch as a picture with two plots."""
+def curves(log):
+    """A picture of the losses and scores of log.jsonl by epoch, in two plots."""
     epochs = {}
     for line in Path(log).read_text().splitlines():
         record = json.loads(line)
@@ -275,7 +281,7 @@ def curves(log, file):
     sheet = Image.new("RGB", (450 * len(plots), 340), "white")
     for p, (title, lines) in enumerate(plots):
         plot(ImageDraw.Draw(sheet), 50 + 450 * p, title, lines)
-    sheet.save(file)
+    return sheet
 
 
 def plot(pen, left, title, lines, top=40, width=380, height=250):
@@ -364,13 +370,14 @@ def predict(network, checkpoint, args):
     colours, names, found = data.palette(), checkpoint["names"], data.Folder(args.predict)
     if args.limit:
         found.limit(args.limit)
-    file_of = dict(zip(found.ids, found.images))
-    for i, file in zip(found.ids, found.images):
-        if file_of[i] != file:
-            raise UserError(f"{file}: named like {file_of[i]}, and so would their masks be; rename one")
+    number_of = {name: i for i, name in enumerate(found.ids)}                     # one given twice: once
+    for name, file in zip(found.ids, found.images):
+        other = found.images[number_of[name]]
+        if other != file:
+            raise UserError(f"{file}: named like {other}, and so would their masks be; rename one")
     out, shares = out_folder(args, *args.predict), {}
     page([], ["legend", *[""] * 5], names).save(out / "legend.png")
-    for i, name in enumerate(found.ids):
+    for name, i in number_of.items():
         try:
             image = found.image(i)
         except UserError as error:                        # the others are still worth having
@@ -387,8 +394,8 @@ def predict(network, checkpoint, args):
         shares[name] = {names[c]: round(float(counts[c]), 4) for c in np.flatnonzero(counts)}
     (out / "predictions.json").write_text(json.dumps(shares, indent=1))
     print(f"wrote {len(shares)} masks, {len(shares)} overlays, legend.png and predictions.json to {out}/")
-    if len(shares) < len(found):
-        raise UserError(f"{len(found) - len(shares)} of {len(found)} images have no mask, see above")
+    if len(shares) < len(number_of):
+        raise UserError(f"{len(number_of) - len(shares)} of {len(number_of)} images have no mask, see above")
 
 
 def compare(network, checkpoint, args):
@@ -408,8 +415,8 @@ def compare(network, checkpoint, args):
         masks += [source.label(i)] if source.labels or isinstance(source, data.Shapes) else []
         tiles = [colours[data.squash(mask, 160, "nearest")] for mask in masks]
         rows.append([data.squash(image, 160), *tiles])
-    titles = ["image", *(str(Path(file).with_suffix(""))[-26:] for file in [args.checkpoint, *args.compare]),
-              "truth"]
+    runs = [str(Path(file).with_suffix("")) for file in [args.checkpoint, *args.compare]]
+    titles = ["image", *(run if len(run) < 25 else f"..{run[-22:]}" for run in runs), "truth"]
     file = out_folder(args, *args.predict or ()) / "compare.png"
     page(rows, titles[:len(rows[0])], checkpoint["names"]).save(file)
     print(f"wrote {file}: {len(rows)} images, {len(columns)} checkpoints")
@@ -426,8 +433,8 @@ def explain(network, checkpoint, args):
     largest = np.bincount(found.coarse.flatten(), minlength=first + K)[first:].argsort()[::-1][:5]
     top = [image, grey(found.attention[0], size)]
     top += [grey(found.maps[0, k] / found.maps.max(), size) for k in largest]
-    masks = {"CAM label": found.coarse, "teacher": found.teacher,
-             "fused, PAR" if checkpoint["args"]["par"] else "fused": found.pseudo, "student": found.student}
+    masks = {"coarse label": found.coarse, "teacher": found.teacher, "pseudo label": found.pseudo,
+             "prediction": found.student}
     if not checkpoint["teacher_on"]:
         del masks["teacher"]                              # an untrained head, or not yet in use
     low = []
@@ -444,7 +451,7 @@ def explain(network, checkpoint, args):
 
 def parse(argv=None):
     p = argparse.ArgumentParser(description="Score, predict with, explain or compare checkpoints.",
-                                allow_abbrev=False, epilog=__doc__.split("\n\n")[1],
+                                usage=argparse.SUPPRESS, allow_abbrev=False, epilog=__doc__.split("\n\n")[1],
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("checkpoint", help="last.pt or best.pt of a run")
     p.add_argument("--data", choices=data.NAMES, help="data set to score on (default: the one trained on)")

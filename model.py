@@ -254,8 +254,8 @@ def read_tensors(file):
         with torch.serialization.safe_globals([argparse.Namespace]):              # DINO saves its options
             found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:                            # torch raises many kinds on a foreign file
-        raise WeightsError(f"{file}: not a file of plain tensors, or damaged ({type(error).__name__}); "
-                           f"remove it, or give another") from None
+        raise WeightsError(f"{file}: not a file of plain tensors, or damaged ({type(error).__name__}); give "
+                           f"another, or fetch it again") from None
     return found, hashlib.sha256(content).hexdigest()
 
 
@@ -268,7 +268,8 @@ def dino_names(state):
     for key in ("teacher", "state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, torch.Tensor)
+                                              for k, v in state.items()):
         return {}
     prefix = re.compile(r"^((module|_orig_mod|backbone|teacher|encoder)\.)+")
     state = {prefix.sub("", name): value.float() for name, value in state.items()}
@@ -298,13 +299,13 @@ def load_dino(vit, file):
         raise WeightsError(f"{file}: holds no state dict of tensors in DINO's format; give another")
     missing, extra = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
     if missing or extra:
-        raise WeightsError(f"{file}: does not fit this backbone: {len(missing)} tensors missing {missing[:2]}"
-                           f", {len(extra)} unknown {extra[:2]}; choose --backbone to fit the file")
+        raise WeightsError(f"{file}: does not fit this ViT: {len(missing)} tensors missing {missing[:2]}, "
+                           f"{len(extra)} unknown {extra[:2]}; choose the ViT that it is of (--backbone)")
     for name, value in wanted.items():
         if value.shape != state[name].shape:
-            raise WeightsError(f"{file}: {name} is {tuple(state[name].shape)}, this backbone has "
-                               f"{tuple(value.shape)} (patch size, image size or width differ); choose "
-                               f"--backbone to fit")
+            raise WeightsError(f"{file}: {name} is {tuple(state[name].shape)}, this ViT has "
+                               f"{tuple(value.shape)} (patch size, image size or width differ); choose the "
+                               f"ViT that the file is for (--backbone)")
         if not state[name].isfinite().all():
             raise WeightsError(f"{file}: {name} is not finite: a spoilt file; give another")
     vit.load_state_dict(state, strict=True)

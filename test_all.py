@@ -2057,6 +2057,19 @@ def test_a_killed_run_computes_only_the_shards_that_are_not_there(tmp_path):
     assert [s.stat().st_mtime_ns for s in shards] == before
 
 
+def test_damaged_shards_and_log_lines_are_named_or_dropped(tmp_path):
+    args = train.parse(["--out", str(tmp_path / "run")])
+    train.cached(args, "x", [], 9, np.array)
+    shard, = (tmp_path / "cache").rglob("03.npy")
+    for content in (b"", shard.read_bytes()[:-3], b"\0" * 200):
+        shard.write_bytes(content)
+        with pytest.raises(data.UserError, match="03.npy: damaged; remove it"):
+            train.cached(args, "x", [], 9, np.array)
+    (tmp_path / "log.jsonl").write_bytes(b'{"epoch": 1}\n\0\0\n[]\n{"step": 1}\n\xff\n{"epoch": 2}\n{"epo')
+    train.open_log(tmp_path, 1).close()
+    assert (tmp_path / "log.jsonl").read_text() == '{"epoch": 1}\n'
+
+
 def test_caches_need_neither_maps_nor_links_nor_locks(tmp_path, monkeypatch):
     load = np.load
 
@@ -2295,6 +2308,13 @@ def test_a_finished_run_says_so_and_changes_nothing_but_pictures_that_are_missin
     (run / "curves.png").unlink()                         # as if it had been killed before its pictures
     (code, text), = program("train.py", *RUN, "--out", run)
     assert code == 0 and (run / "curves.png").exists() and "last epoch: mIoU" in text, text
+    with pytest.MonkeyPatch.context() as patch:           # killed after its last epoch, before new pictures
+        patch.setattr(train, "prepare", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train.train(train.parse([*RUN, "--epochs", "4", "--out", str(run)]), torch.device("cpu"))
+    assert not (run / "curves.png").exists()
+    (code, text), = program("train.py", *RUN, "--out", run)
+    assert code == 0 and (run / "curves.png").exists(), text
     for name in ("last.pt", "best.pt", "log.jsonl"):
         assert (run / name).read_bytes() == (uninterrupted[0] / "run" / name).read_bytes()
 
@@ -2317,6 +2337,7 @@ def test_a_missing_process_is_told_and_the_waiting_one_can_be_ended(tmp_path):
 
 
 @pytest.mark.parametrize("variables", [dict(WORLD_SIZE="2"), dict(RANK="1"), dict(RANK="0", WORLD_SIZE="2"),
+                                       dict(WORLD_SIZE=""), dict(RANK="-1"), dict(LOCAL_RANK="x"),
                                        dict(RANK="2", WORLD_SIZE="2", MASTER_ADDR="x", MASTER_PORT="1")])
 def test_a_clusters_variables_set_by_half_are_told_at_once(tmp_path, variables):
     (code, text), = program("train.py", *RUN, "--out", tmp_path / "run", env=variables)
@@ -2360,7 +2381,8 @@ def test_a_run_with_bad_numbers_stops_on_all_processes_and_keeps_its_checkpoint(
     before = (tmp_path / "run" / "last.pt").read_bytes()
     ended = program("train.py", *RUN[:3], "4", *RUN[4:], "--out", tmp_path / "run", world=2)
     assert ([code for code, _ in ended] == [1, 1]
-            and all("step 13: seg" in text and "is kept" in text for _, text in ended)), ended
+            and all("step 13: seg" in text and "is kept" in text for _, text in ended)
+            and all("Traceback" not in text for _, text in ended)), ended
     assert (tmp_path / "run" / "last.pt").read_bytes() == before
 
 

@@ -23,6 +23,7 @@ import json
 import math
 import os
 import resource
+import secrets
 import signal
 import sys
 import threading
@@ -32,6 +33,9 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)          # Ctrl-C during the imports: no traceback
 
 import numpy as np
 import torch
@@ -85,9 +89,9 @@ PRESETS = {"dmsa": {}, "released": RELEASED,
 BANK_IMAGES, BANK_WINDOWS = 10_000, 200_000               # most images, most windows of them, for k-means
 LOSSES = ("seg", "ce", "un", "cls", "all")                # of Eq. 6, and their weighted sum
 
-# of several processes, as torchrun says: this one, this one on its machine, how many
-RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
-WORLD = int(os.environ.get("WORLD_SIZE", 1))
+# of several processes, as torchrun says: this one, this one on its machine, how many; -1: no number
+RANK, LOCAL_RANK, WORLD = (int(value) if value.isdecimal() else -1 for value in (
+    os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0"), os.environ.get("WORLD_SIZE", "1")))
 
 
 # ----------------------------------------------------------------------------
@@ -234,6 +238,7 @@ def train(args, device):
     if state and state["epoch"] >= args.epochs and (out / "curves.png").exists():
         return print0(f"{out}: this run is finished ({state['epoch']} epochs); raise --epochs to go on, "
                       f"or use another --out")
+    (out / "curves.png").unlink(missing_ok=True)          # a run that has it is finished
     trainer, images, labels, cams = prepare(args, state, device)                 # Fig. 2, left
     log, steps = open_log(out, trainer.epoch), len(images["train"]) * args.repeat // args.batch
 
@@ -273,10 +278,10 @@ def prepare(args, state, device):
     """
     sources = open_data(args, state)
     vit, digest = frozen_vit(args, state, device)
-    images = {split: cached_squashed(args, f"{split}-images", source, source.image, source.images)
+    images = {split: cached_squashed(args, f"{split}-images", source, source.image)
               for split, source in sources.items()}
     val = sources.get("val")                              # of a folder there is none
-    labels = cached_squashed(args, "val-labels", val, val.label, val.labels, "nearest") if val else None
+    labels = cached_squashed(args, "val-labels", val, val.label, "nearest") if val else None
     centroids = state["centroids"] if state else cluster_windows(args, sources["train"], vit, digest, device)
     begun = {"images": {split: identity(source) for split, source in sources.items()},
              "weights": digest, "centroids": centroids}
@@ -338,9 +343,12 @@ class Cache:
             if not file.exists():
                 raise UserError(f"{file}: another machine's part is not there; all must share this folder")
             try:
-                self.shards.append(np.load(file, mmap_mode="r"))                  # reads what is asked for
-            except OSError:                               # a file system that maps no files
-                self.shards.append(np.load(file))
+                try:
+                    self.shards.append(np.load(file, mmap_mode="r"))              # reads what is asked for
+                except OSError:                           # a file system that maps no files
+                    self.shards.append(np.load(file))
+            except (ValueError, EOFError):
+                raise UserError(f"{file}: damaged; remove it, and the same command makes it again") from None
 
     def __len__(self):
         return self.bounds[-1]
@@ -362,21 +370,20 @@ def cached(args, name, key, n, compute):
     bounds = np.linspace(0, n, min(n, SHARDS) + 1).round().astype(int)            # the same for any WORLD
     files = [folder / f"{k:02}.npy" for k in range(len(bounds) - 1)]
     missing = [k for k, file in enumerate(files) if k % WORLD == RANK and not file.exists()]
-    start = time.time()
+    start = told = time.time()
     for count, k in enumerate(missing, 1):
         records = compute(range(bounds[k], bounds[k + 1]))
         write_whole(files[k], lambda f: np.save(f, records))
-        if RANK == 0 and sys.stderr.isatty():
-            left = (time.time() - start) / count * (len(missing) - count)
-            print(f"\r{name}: {count} of {len(missing)} shards, {left:.0f} s left ", file=sys.stderr,
-                  end="\n" if count == len(missing) else "")
+        if count == len(missing) or time.time() - told > 30:
+            told = time.time()
+            print0(f"{name}: {count} of {len(missing)} parts, {told - start:.0f} s")
     barrier()
     return Cache(folder, bounds)
 
 
 def write_whole(file, save):
     """Write what save(f) writes to a temporary name and move it into place: `file` is always whole."""
-    part, content = file.with_name(f"{file.name}.{RANK}-{os.getpid()}.part"), io.BytesIO()
+    part, content = file.with_name(f"{file.name}.{secrets.token_hex(4)}.part"), io.BytesIO()
     save(content)                                         # to memory: numpy and torch do not name a full disk
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -397,9 +404,11 @@ def write_whole(file, save):
 
 
 def identity(source):
-    """What the images of a split are: [how many, digest of their names and sizes in bytes]."""
-    files = [(str(i), os.path.getsize(file)) for i, file in zip(source.ids, source.images)] or source.ids
-    return [len(source), hashlib.sha256(json.dumps(files).encode()).hexdigest()]
+    """What the files of a split are: [how many images, digest of their names and of all sizes in bytes]."""
+    labels = [os.path.getsize(file) for file in source.labels if os.path.exists(file)]
+    images = [os.path.getsize(file) for file in source.images]
+    names = list(map(str, source.ids))
+    return [len(source), hashlib.sha256(json.dumps([names, images, labels]).encode()).hexdigest()]
 
 
 def open_data(args, state):
@@ -415,7 +424,8 @@ def open_data(args, state):
         then = state["images"][split] if state else now
         if then != now:
             raise UserError(f"{args.out}/last.pt: the images of {split} have changed, {then[0]} then, "
-                            f"{now[0]} now: use another --out, or give the same images to go on")
+                            f"{now[0]} now{' of other names or sizes' if now[0] == then[0] else ''}: use "
+                            f"another --out, or give the same images to go on")
     n = len(sources["train"]) * args.repeat
     if n < args.batch:
         raise UserError(f"--batch {args.batch}: larger than an epoch of {n} images; lower it")
@@ -434,14 +444,13 @@ def frozen_vit(args, state, device):
     return vit.to(device).eval().requires_grad_(False), digest
 
 
-def cached_squashed(args, name, source, read, files, mode="bilinear"):
-    """Cache of read(i), image or label of `source`, squashed: (n, S, S[, 3]) uint8; files: their paths."""
+def cached_squashed(args, name, source, read, mode="bilinear"):
+    """Cache of read(i), image or label of `source`, squashed: (n, S, S[, 3]) uint8."""
     def squashed(shard):
         return np.stack(list(pool.map(lambda i: data.squash(read(i), args.size, mode), shard)))
 
-    key = [identity(source), [os.path.getsize(file) for file in files], args.size]
     with ThreadPoolExecutor(args.workers) as pool:
-        return cached(args, name, key, len(source), squashed)
+        return cached(args, name, [identity(source), args.size], len(source), squashed)
 
 
 def cluster_windows(args, source, vit, digest, device):
@@ -552,8 +561,8 @@ def score_cam(trainer, cams, labels):
     trivial = torch.zeros_like(total)
     trivial[:, 0] = total.sum(1)                          # all pixels predicted as one cluster
     coarse, trivial = scores(total), scores(trivial)
-    print0(f"CAM labels on val: mIoU {coarse['miou']:.2f} accuracy {coarse['accuracy']:.2f}; all pixels as "
-           f"the most frequent class: mIoU {trivial['miou']:.2f} accuracy {trivial['accuracy']:.2f}")
+    print0(f"coarse labels on val: mIoU {coarse['miou']:.2f} accuracy {coarse['accuracy']:.2f}; all pixels "
+           f"as the most frequent class: mIoU {trivial['miou']:.2f} accuracy {trivial['accuracy']:.2f}")
     return {"cam_miou": coarse["miou"], "cam_accuracy": coarse["accuracy"]}
 
 
@@ -576,10 +585,15 @@ def not_finite(trainer, losses, gradient):
 
 def open_log(out, epoch):
     """log.jsonl of the first process, open for appending; lines after `epoch` will be written again."""
+    def epoch_of(line):
+        try:
+            return json.loads(line)["epoch"]
+        except (ValueError, KeyError, TypeError):
+            return math.inf                               # cut by a kill, or spoilt
+
     file = out / "log.jsonl" if RANK == 0 else Path(os.devnull)
-    lines = file.read_text().splitlines(True) if file.exists() else []
-    whole = [line for line in lines if line.endswith("\n")]                       # a kill may cut the last
-    kept = "".join(line for line in whole if json.loads(line)["epoch"] <= epoch)
+    lines = file.read_text(errors="replace").splitlines() if file.exists() else []
+    kept = "".join(line + "\n" for line in lines if epoch_of(line) <= epoch)
     if RANK == 0:
         write_whole(file, lambda f: f.write(kept.encode()))
     return open(file, "a", buffering=1)                   # each line goes to the disk at once
@@ -609,14 +623,15 @@ def draw_and_tell(trainer, images, labels):
         return
     out, files = Path(trainer.args.out), "log.jsonl, last.pt, panels.png, curves.png"
     trainer.network.eval()
-    panels(trainer.network, checkpoint_of(trainer), images[:6], None if labels is None else labels[:6],
-           out / "panels.png")
-    curves(out / "log.jsonl", out / "curves.png")
+    truth = None if labels is None else labels[:6]
+    shown = panels(trainer.network, checkpoint_of(trainer), images[:6], truth)
+    write_whole(out / "panels.png", lambda f: shown.save(f, "PNG"))
+    write_whole(out / "curves.png", lambda f: curves(out / "log.jsonl").save(f, "PNG"))
     if labels is not None:
         last, best, coarse = (trainer.scored[name] for name in ("last", "best", "cam"))
         print0(f"last epoch: mIoU {last['miou']:.2f} accuracy {last['accuracy']:.2f};  "
                f"best epoch, {best['epoch']}, chosen on val: mIoU {best['miou']:.2f} accuracy "
-               f"{best['accuracy']:.2f};  CAM labels: mIoU {coarse['cam_miou']:.2f}")
+               f"{best['accuracy']:.2f};  coarse labels: mIoU {coarse['cam_miou']:.2f}")
         files += ", best.pt"
     print0(f"wrote {out}/: {files}")
 
@@ -697,7 +712,8 @@ def start_processes(device):
     if cuda:
         torch.cuda.set_device(LOCAL_RANK)
         torch.backends.cudnn.allow_tf32 = False           # else convolutions in "fp32" have 10 bits
-    if RANK >= WORLD or WORLD > 1 and not os.environ.keys() >= {"RANK", "MASTER_ADDR", "MASTER_PORT"}:
+    complete = os.environ.keys() >= {"RANK", "MASTER_ADDR", "MASTER_PORT"}
+    if not 0 <= RANK < WORLD or LOCAL_RANK < 0 or WORLD > 1 and not complete:
         raise UserError("of RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT only some are set, or they do not "
                         "fit: start several processes with torchrun; for one process unset them")
     if WORLD > 1:
@@ -769,8 +785,8 @@ def end_on_signals():
     def watch():
         number = os.read(read, 1)[0]
         if RANK == 0:
-            print(f"train.py: signal {number}: the last whole epoch is kept, the same command goes on after "
-                  f"it", file=sys.stderr, flush=True)
+            print(f"train.py: signal {number}: what is finished is kept, the same command goes on",
+                  file=sys.stderr, flush=True)
         os._exit(128 + number)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -791,7 +807,7 @@ OPTIONS = {
     "accumulate": (int, (1, math.inf), "N", "parts that a process's batch is cut into, if memory is short; "
                    "the result stays the same, but for --dropout"),
     "lr": (float, (0, 1), "X", "learning rate of Adam, constant"),
-    "size": (int, (1, math.inf), "PIXELS", "side of the squashed image; for patches of 14 pixels 336. If it "
+    "size": (int, (1, 4096), "PIXELS", "side of the squashed image; for patches of 14 pixels 336. If it "
              "is another than the default, crops are half as large, and the images that windows are cut from "
              "twice. Smaller is faster and worse"),
     "limit": (int, (1, math.inf), "N", "use the first N images of each split (default: all)"),
@@ -802,7 +818,7 @@ OPTIONS = {
                   "auto: bf16 on a GPU that has it; CAM, PAR and losses stay fp32"),
     "aspp": (("dynamic", "static", "none"), None, None,
              "dynamic: Table 1's rates by epoch; static: DeepLabV3+'s in every epoch"),
-    "par": ([int], (1, math.inf), "PIXELS", "dilations of PAR; AFA's are 1 2 4 8 12 24. With no number there "
+    "par": ([int], (1, 1024), "PIXELS", "dilations of PAR; AFA's are 1 2 4 8 12 24. With no number there "
             "is no PAR: pseudo labels are only enlarged"),
     "teacher": (("ema", "reset", "none"), None, None,
                 "ema: moving average; reset: TransFGU's copy and reset; none: CAM alone"),
@@ -821,7 +837,8 @@ OPTIONS = {
 def parse(argv=None):
     """Options -> one flat namespace of plain values, every setting filled in."""
     p = argparse.ArgumentParser(description="Train DMSA.", epilog=__doc__.split("\n\n")[1],
-                                formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+                                usage=argparse.SUPPRESS, allow_abbrev=False,      # errors are one line
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--data", choices=data.NAMES, default="shapes", help="data set (default: shapes)")
     p.add_argument("--preset", choices=tuple(PRESETS), default="dmsa",
                    help="a row of the paper's tables (default: dmsa)")
@@ -859,7 +876,8 @@ def parse(argv=None):
         given = getattr(args, name)
         for value in given if isinstance(given, list) else [given]:
             if limits and value is not None and not limits[0] <= value <= limits[1]:              # also NaN
-                p.error(f"{flag(name)} {value}: must be at least {limits[0]} and at most {limits[1]}")
+                p.error(f"{flag(name)} {value}: must be at least {limits[0]}"
+                        + (f" and at most {limits[1]}" if limits[1] < math.inf else ""))
     if args.size % 2 or args.crop % patch or args.size < 4 * patch:
         p.error(f"--size {args.size}: half of it must be a multiple of {args.backbone}'s patch, {patch}, "
                 f"and at least {2 * patch}")
@@ -895,6 +913,8 @@ def run(args):
         data.report(error)
         return 1
     except OSError as error:                              # a UserError, or what the system refuses
+        if error.errno and not error.filename:
+            error.filename = args.out
         return data.report(error)
     except Exception:                                     # a mistake of ours
         traceback.print_exc()

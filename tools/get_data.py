@@ -113,7 +113,7 @@ def transfer(url, part):
                     print(file=sys.stderr)                # the moving line stays as it is now
     except urllib.error.HTTPError as error:
         if error.code != 416:                             # 416: nothing is missing, or it is another's part
-            raise Unserved(error) from None
+            raise Unserved(" ".join(str(error).split())) from None
     except (OSError, ValueError, http.client.HTTPException) as error:
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise data.UserError(f"{part}: {error.strerror}; what was fetched is kept, make room and run "
