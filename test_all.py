@@ -4,7 +4,7 @@
     DMSA_GOLDEN=folder python -m pytest -q test_all.py           # golden numbers from another folder
 
 The expected values are textbook forms written out here, straight from the equation, and golden numbers that
-the peers' own code gave (assets/golden). What only the golden numbers say is not said again by a weaker test.
+the peers' own code gave (assets/golden). What the golden numbers prove is not proved again more weakly.
 """
 
 import ast
@@ -201,6 +201,7 @@ def test_par_equals_eq_4_written_as_loops_for_images_of_any_range(dilations, ite
     for n in range(2):
         assert_close(refined[n], textbook_par(image[n], masks[n], dilations, iterations), rtol=0, atol=1e-5)
     assert_close(par.affinity(255 * image, dilations), par.affinity(image, dilations), rtol=1e-3, atol=1e-4)
+    assert par.PAR(dilations, 1)(image.half().requires_grad_(), masks.half()).dtype == torch.float32
 
 
 def test_par_gives_the_same_however_many_images_it_takes_at_once_and_names_a_wrong_batch(monkeypatch):
