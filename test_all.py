@@ -1515,6 +1515,15 @@ def test_a_killed_run_computes_only_the_shards_that_are_not_there(tmp_path):
     assert [i for shard in computed if shard for i in shard] == list(range(100))
 
 
+def test_a_cache_is_read_where_files_can_be_neither_mapped_nor_linked(tmp_path, monkeypatch):
+    load = np.load
+    monkeypatch.setattr(np, "load", lambda file, mmap_mode=None: (
+        raising(OSError(19, "No such device"))() if mmap_mode else load(file)))
+    monkeypatch.setattr(os, "link", None)
+    cache = train.cached(train.parse(["--out", str(tmp_path / "run")]), "x", [], 9, np.array)
+    assert cache[:].tolist() == list(range(9))
+
+
 def test_damaged_shards_and_log_lines_are_named_or_dropped(tmp_path):
     args = train.parse(["--out", str(tmp_path / "run")])
     train.cached(args, "x", [], 9, np.array)
