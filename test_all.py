@@ -20,6 +20,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -96,10 +97,15 @@ def raising(error):
     return fail
 
 
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
 def program(name, *args, world=1, env=None, wait=True, cwd=HERE):
     """Start `world` processes of a program here; returns [(exit code, output)] or the processes."""
-    port = str(20_000 + (os.getpid() * 7 + int(time.time() * 1000)) % 20_000)
-    started = []
+    port, started = free_port(), []
     for rank in range(world):
         variables = dict(os.environ, OMP_NUM_THREADS="1") | (env or {})
         if world > 1:
@@ -1726,12 +1732,12 @@ def test_a_finished_run_says_so_and_changes_nothing_but_pictures_that_are_missin
 
 
 def test_a_missing_process_is_told_and_the_waiting_one_can_be_ended(tmp_path):
-    cluster = dict(WORLD_SIZE="2", RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="29377")
+    cluster = dict(WORLD_SIZE="2", RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
     waiting, = program("train.py", *RUN, "--out", tmp_path / "run", env=cluster, wait=False)
     give_up = threading.Timer(60, waiting.kill)           # or a run that says nothing would be waited for
     give_up.start()
-    assert waiting.stdout.readline() == ("train.py: process 0 of 2 waits for all the others, at "
-                                         "127.0.0.1:29377\n")
+    assert waiting.stdout.readline() == (
+        f"train.py: process 0 of 2 waits for all the others, at 127.0.0.1:{cluster['MASTER_PORT']}\n")
     give_up.cancel()
     waiting.send_signal(signal.SIGTERM)
     assert waiting.wait(timeout=4) == 128 + signal.SIGTERM
