@@ -66,7 +66,7 @@ class AtrousDepthwise(nn.Conv2d):
 
 
 class Branch(nn.Module):
-    """Convolution without bias -> GroupNorm -> ReLU: 1x1 or, `separable`, 3x3 within each channel, then 1x1.
+    """1x1 convolution -> GroupNorm -> ReLU; `separable`: a 3x3 convolution within each channel comes first.
 
     GroupNorm, not BatchNorm: it has no statistics of the batch, so that any split of it over processes
     gives the same, and the pooling branch works on a single image (decision 6).
@@ -134,7 +134,7 @@ class ASPP(nn.Module):
 
 
 def main():
-    """Draw the taps that one patch reads, for the four rows of Table 1, and check Eq. 1 for each."""
+    """Draw the taps that one patch reads, for the four rows of Table 1; print the sizes that Eq. 1 gives."""
     from PIL import Image, ImageDraw
     grid, cell, gap = 20, 14, 24
     colours = ("#d62728", "#1f77b4", "#2ca02c", "#ff7f0e")                # the centre, then the branches

@@ -114,13 +114,13 @@ def patch_grid(vit, image):
 
 
 def window_centres(n, s):
-    """Patches that are centres of windows of side s along n patches.
+    """Patches that are centres of windows of side s along n patches (TransFGU).
 
-    Even s: every s / 2 patches, and one whose window ends at the far border. Odd s: every s patches, and no
-    such window, since its centre would lie between two patches (TransFGU).
+    Even s: half a side apart, and one more whose window ends at the far border: n = 20, s = 6 gives 3 6 9 12
+    15 16. Odd s: a side apart, and no such window, whose centre would lie between two patches.
     """
-    inside = [c for c in range(n) if s / 2 <= c < n - s / 2]
-    return [c for c in inside if c % (s / 2) == 0 or c == n - 1 - s / 2]
+    step = s // 2 if s % 2 == 0 else s
+    return [c for c in range(n) if s / 2 <= c < n - s / 2 and (c % step == 0 or c == n - 1 - s / 2)]
 
 
 def windows(h, w, scales=THING_SCALES):
@@ -178,7 +178,7 @@ def window_features(vit, image, size, scales=THING_SCALES, stuff=False):
     """CLS features of one image's foreground windows, and of its background windows.
 
     image    (1, 3, H, W) normalised; TransFGU takes it twice as large as the crops
-    size     side in pixels of the crops that the ViT sees
+    size     side in pixels that a window is resized to for the ViT
     stuff    also the background windows (only they describe stuff; without it they are not computed)
     returns  fore (M, D), back (M', D); empty where no window qualifies
     """
@@ -282,7 +282,7 @@ class HandViT(nn.Module):
     class Block(nn.Module):
         def __init__(self):
             super().__init__()
-            self.norm1 = self.norm2 = nn.Identity()
+            self.norm2 = nn.Identity()
             self.attn = nn.Module()
             self.attn.proj = nn.Identity()
             self.attn.qkv = nn.Linear(5, 15, bias=False)

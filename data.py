@@ -304,7 +304,8 @@ class Dataset:
     """Images with labels on disk. A subclass sets
 
     ids, images, labels    names, and paths of the files; labels is empty if there are none
-    names, things, stuff   class names; how many clusters are things and stuff, which are found separately
+    names           class names, in this order: background, things, stuff
+    things, stuff   how many clusters are either, which are found separately
     background             class 0 is background, no cluster
     upright                images are turned as their EXIF says
     table, n_values, colours    class of each value in the label files; see `open_label` for the other two

@@ -1,6 +1,6 @@
 """Hungarian-matched scores, predictions and pictures of a trained checkpoint.
 
-    python eval.py runs/voc/best.pt --data voc                     # per-class IoU, mIoU, accuracy, assignment
+    python eval.py runs/voc/best.pt                                # per-class IoU, mIoU, accuracy, assignment
     python eval.py runs/voc/best.pt --native --par                 # at the images' own size, refined by PAR
     python eval.py runs/voc/best.pt --predict photos --out masks   # NAME_mask.png, NAME_overlay.png of each
     python eval.py runs/voc/best.pt --explain photo.jpg            # every stage of Fig. 2 for one photograph
@@ -10,7 +10,8 @@
 
 Clusters have no names. An assignment of clusters to classes, one to one, is found on the labelled split so
 that most pixels are right (Hungarian matching), and only then is anything scored. This is TransFGU's protocol
-(decision 20, which is row 20 of docs/decisions.md).
+(decision 20, which is row 20 of docs/decisions.md). A cluster here is a channel of the prediction, be it the
+background's.
 """
 
 import argparse
@@ -102,7 +103,8 @@ def scores(confusion):
 def load_checkpoint(file):
     """The dict that train.py saved: tensors and plain values. Raises WeightsError, UserError."""
     checkpoint, _ = read_tensors(file)
-    needed = {"student", "teacher", "vit", "args", "names", "epoch", "rates", "assignment", "centroids"}
+    needed = {"student", "teacher", "vit", "args", "names", "epoch", "rates", "assignment", "centroids",
+              "background", "teacher_on"}
     if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
         raise UserError(f"{file}: not a checkpoint of train.py; give last.pt or best.pt of a run")
     return checkpoint
@@ -357,6 +359,7 @@ def out_folder(args, *photographs):
     out = Path(args.out)
     for path in map(Path, photographs):
         folder = (path if path.is_dir() else path.parent).resolve()
+        # a photograph in the working directory is no reason to refuse ./masks
         inside = out.resolve().is_relative_to(folder) and (path.is_dir() or folder != Path.cwd())
         if inside or out.resolve() == folder:
             raise UserError(f"--out {out}: lies in the folder of photographs {folder}, where masks would be "

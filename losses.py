@@ -63,7 +63,7 @@ def cam_probabilities(cam, background=True, threshold=THRESHOLD):
 def fuse(cam, teacher_logits, teacher_weight):
     """Fig. 2: (1 - teacher_weight) * CAM + teacher_weight * softmax(teacher); all (B, N, h, w).
 
-    cam              one map a class, in [0, 1], as `cam_probabilities` gives them
+    cam              one map a class, in [0, 1], as `with_background` gives them
     teacher_weight   0.7 for things, 0.5 where there is stuff (decision 11)
     """
     if cam.shape != teacher_logits.shape:
@@ -74,7 +74,7 @@ def fuse(cam, teacher_logits, teacher_weight):
 def pseudo_label(cam, teacher_logits, refine, teacher_weight, background=True, threshold=THRESHOLD):
     """The upper half of Fig. 2: CAM, fused with the teacher, refined -> the label that the student learns.
 
-    cam             (B, K, h, w)  in [0, 1]: `min_max` of the whole image's maps, or a crop of that
+    cam             (B, K, h, w)  in [0, 1], of `min_max`; see decision 23 for the image that it is taken of
     teacher_logits  (B, N, h, w), or None before the teacher starts: CAM alone
     refine          (B, N, h, w) -> (B, N, H, W), the size of the losses: PAR with the image, or an upsampling
     background      whether class 0 is background, N = K + 1; else N = K
@@ -86,9 +86,8 @@ def pseudo_label(cam, teacher_logits, refine, teacher_weight, background=True, t
         cam = with_background(cam, threshold)                                     # (B, N, h, w)
     else:
         confident = torch.ones_like(cam[:, :1], dtype=torch.bool)
-    if teacher_logits is not None:
-        cam = fuse(cam, teacher_logits, teacher_weight)
-    label = refine(cam).argmax(1)                                                 # (B, H, W)
+    masks = cam if teacher_logits is None else fuse(cam, teacher_logits, teacher_weight)
+    label = refine(masks).argmax(1)                                               # (B, H, W)
     return label, F.interpolate(confident.float(), size=label.shape[1:])[:, 0].bool()
 
 
@@ -109,7 +108,10 @@ def check_pixels(logits, **masks):
 
 
 def cross_entropy_loss(logits, label, permutation=None, alpha=0.0, count=None):
-    """L_CE of Eq. 6: CE(logits, label) - alpha * CE(logits, permutation[label]), mean over pixels (TransFGU).
+    """L_CE of Eq. 6: CE(logits, label) - alpha * CE(logits, permutation[label]), mean over pixels.
+
+    The second term is TransFGU's and not in the paper (decision 12): a random permutation, one for a batch,
+    gives every class another one, and a pixel is rewarded for being unlike the class that stands for its own.
 
     logits       (B, N, H, W)
     label        (B, H, W)     integers in 0..N-1; pixels of value 255 do not count
@@ -130,7 +132,7 @@ def cross_entropy_loss(logits, label, permutation=None, alpha=0.0, count=None):
 
 
 def segmentation_loss(logits, label, second=None, counts=None):
-    """L_seg of Eq. 6: the mean CE of two halves of the pixels, which count alike (AFA get_seg_loss).
+    """L_seg of Eq. 6: the mean CE over each of two groups of pixels, of which each counts one half (AFA).
 
     logits    (B, N, H, W)
     label     (B, H, W)     integers in 0..N-1; pixels of value 255 do not count

@@ -247,7 +247,7 @@ def read_tensors(file):
         content = Path(file).read_bytes()
     except OSError as error:
         raise WeightsError(f"{file}: cannot read this file ({error.strerror})") from None
-    if content[8:9] == b"{":                              # a length, then JSON
+    if content[8:9] == b"{":                              # 8 bytes of length, then JSON
         raise WeightsError(f"{file}: a file of safetensors; convert it where that package is installed: "
                            f"torch.save(safetensors.torch.load_file('{file}'), 'weights.pt')")
     try:
@@ -472,7 +472,7 @@ class DMSA(nn.Module):
 
 def main():
     """Print parameters and forward FLOPs of the network on every backbone, at the training crop 160 x 160."""
-    print("backbone   frozen ViT   ASPP      decoder   "
+    print("backbone           frozen ViT   ASPP      decoder   "
           "GFLOP per 160 x 160 crop: ViT + ASPP + decoder   patches")
     for name, (architecture, _) in BACKBONES.items():
         with torch.device("meta"):
@@ -482,10 +482,10 @@ def main():
                 for part in (network.vit, network.student.aspp, network.student.decoder)]
         n, width = (160 // p) ** 2, min(256, D)
         block = lambda n: 2 * n * 12 * D * D + 4 * n * n * D                      # multiply, add: 2
-        vit = depth * block(n + 1) + 2 * n * 3 * p * p * D
+        vit = depth * block(1 + network.vit.registers + n) + 2 * n * 3 * p * p * D
         aspp = 2 * n * (D * width + 3 * (9 * D + D * width) + 5 * width * D)
         decoder = 2 * block(n + 21) + 2 * n * 2 * D * D
-        print(f"{name:9}  {size[0]:8.2f} M   {size[1]:5.2f} M   {size[2]:5.2f} M   "
+        print(f"{name:17}  {size[0]:8.2f} M   {size[1]:5.2f} M   {size[2]:5.2f} M   "
               f"{vit / 1e9:24.2f} + {aspp / 1e9:.2f} + {decoder / 1e9:.2f}{' ' * 18}{160 // p} x {160 // p}")
 
 

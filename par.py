@@ -1,4 +1,4 @@
-"""Pixel-adaptive refinement, PAR (DMSA Sec. 3.2, Eq. 4; introduced by AFA, the paper's [6]).
+"""Pixel-adaptive refinement, PAR (DMSA Sec. 3.2, Eq. 4; introduced by AFA, its [6], though it cites [16]).
 
 (B, 3, H, W) image and (B, C, h, w) masks -> (B, C, H, W) masks whose edges follow the image's. Each pixel
 repeatedly takes the average of its neighbours' masks, weighted by how alike their colours are.
@@ -46,7 +46,10 @@ def neighbours(x, dilations):
 
 
 def neighbour_index(H, W, dilations):
-    """Where the same neighbours lie in a flattened map: (HW, N) int32 of y * W + x, N = 8 * |dilations|."""
+    """Where the same neighbours lie in a flattened map: (HW, N) int32 of y * W + x, N = 8 * |dilations|.
+
+    For embedding_bag in `PAR.refine`, which sums over them without a copy of the masks for each neighbour.
+    """
     dy, dx = torch.tensor(offsets(dilations), dtype=torch.int32).T                # (N,) each
     y = (torch.arange(H, dtype=torch.int32)[:, None] + dy).clamp(0, H - 1)        # (H, N), border replicated
     x = (torch.arange(W, dtype=torch.int32)[:, None] + dx).clamp(0, W - 1)        # (W, N)
@@ -121,7 +124,7 @@ class PAR(nn.Module):
         n, C, H, W = masks.shape
         k = affinity(image, self.dilations, self.omega3, self.bandwidth)          # (n, N, H, W)
         weights = k.to(masks.dtype).flatten(2).transpose(1, 2).flatten(0, 1).contiguous()         # (n HW, N)
-        del k                                             # as large as all that is left
+        del k                                             # as large as the weights: free it
         index = neighbour_index(H, W, self.dilations).to(image.device)            # (HW, N), of one image
         first = torch.arange(n, dtype=torch.int32, device=image.device) * (H * W)
         rows = (index + first[:, None, None]).flatten(0, 1)                       # (n HW, N), of all

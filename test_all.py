@@ -2340,7 +2340,7 @@ def test_every_option_that_readme_names_exists_and_helps_defaults_are_the_real_o
     torchrun = {"--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--master_port"}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+[a-z]", README)) <= known | torchrun
     args, (_, text) = train.parse(["--data", "voc"]), program("train.py", "--help")[0]
-    for name in ("teacher_weight", "momentum", "threshold", "classes", "dropout", "teacher", "cam_scale"):
+    for name in ("teacher_weight", "momentum", "threshold", "dropout", "teacher", "cam_scale"):
         entry = re.search(rf"\n  --{name.replace('_', '-')} .*?(?=\n  -|\n\n)", text, re.S)[0]
         assert re.search(r"default:\s+([\w.]+)", entry)[1] == str(vars(args)[name]), name
 

@@ -1,4 +1,4 @@
-"""Train DMSA (Fig. 2): CAM pseudo labels once, then student and EMA teacher with ASPP, PAR and four losses.
+"""Train DMSA (Fig. 2): coarse labels once, then student and EMA teacher with ASPP, PAR and four losses.
 
     python train.py                                                # `shapes`, on a CPU, nothing to download
     python train.py --data voc                                     # one GPU, or the CPU
@@ -9,7 +9,7 @@ A run that was stopped, at any moment, goes on when the same command is given ag
 written after every epoch, with the same random numbers, so that nothing but the begun epoch is done twice.
 --batch is the global batch: the result does not depend on the number of processes but for the order of sums.
 
-    settings -> the method: class Trainer -> the loop: train()
+    settings -> the method: class Trainer -> the loop: train(); coarse labels; batches
     -> what a run needs besides: caches, data, checkpoints, processes and signals, options, main()
 """
 
@@ -56,10 +56,11 @@ from par import PAR
 # "Decision N", here and below, is row N of docs/decisions.md.
 
 COMMON = dict(
-    root="data", classes=20, seed=0, accumulate=1, workers=4, device="auto", precision="auto",
+    root="data", classes=None, seed=0, accumulate=1, workers=4, device="auto", precision="auto",
     backbone="vits8", size=320, crop=160,                 # pixels: side of squashed images, of training crops
     scales=cam.THING_SCALES,                              # sides of the windows, as shares of the image
-    bank=640, window=320,                                 # pixels: image they are cut from, windows resized
+    bank=640, window=320,                                 # pixels: side of the image that they are cut from,
+                                                          # side that they are resized to for the ViT
     batch=512, epochs=50, repeat=1, lr=1e-4,              # repeat: passes over the images that make an epoch
     lambdas=(0.1, 1.0, 0.3, 1.0),                         # of Eq. 6: seg, CE, un, cls (decision 16)
     threshold=0.1, teacher_weight=0.7,                    # of the background, TransFGU's; decision 11
@@ -77,7 +78,7 @@ SETTINGS = {
         scales=cam.SCENE_SCALES, batch=256, epochs=200, teacher_start=3, intervals=(3, 3, 3, 2)),
     "cocostuff27": COMMON | dict(
         scales=cam.SCENE_SCALES, batch=256, epochs=200, teacher_weight=0.5, teacher_start=2, intervals=(2,)),
-    "folder": COMMON | dict(batch=64),
+    "folder": COMMON | dict(batch=64, classes=20),
 }
 # Rows of the paper's tables that are not DMSA. In the released code ASPP never reaches the tokens and PAR is
 # commented out: it is TransFGU with L_seg and another fusion weight (docs/decisions.md, "What the released
@@ -86,10 +87,10 @@ RELEASED = dict(aspp="none", par=(), cam_scale="crop", teacher="reset", dropout=
 PRESETS = {"dmsa": {}, "released": RELEASED,
            "transfgu": RELEASED | dict(teacher_weight=0.5, lambdas=(0.0, None, None, None))}
 
-BANK_IMAGES, BANK_WINDOWS = 10_000, 200_000               # most images, most windows of them, for k-means
+BANK_IMAGES, BANK_WINDOWS = 10_000, 200_000               # for k-means, at most
 LOSSES = ("seg", "ce", "un", "cls", "all")                # of Eq. 6, and their weighted sum
 
-# of several processes, as torchrun says: this one, this one on its machine, how many; -1: no number
+# of several processes, as torchrun says: this one, this one on its machine, how many (-1: what is no number)
 RANK, LOCAL_RANK, WORLD = (int(value) if value.isdecimal() else -1 for value in (
     os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0"), os.environ.get("WORLD_SIZE", "1")))
 
@@ -106,7 +107,7 @@ def rates_of(args, epoch):
 def teacher_age(args, epoch):
     """Epochs since the teacher began to take part, from 0; None before that. `reset`: see `replacements`."""
     first = args.teacher_start + 1
-    if args.teacher == "reset":
+    if args.teacher == "reset":                           # TransFGU's, not DMSA's
         first = max(replacements(epoch, args.teacher_start, args.intervals), default=math.inf)
     return epoch - first if args.teacher != "none" and epoch >= first else None
 
@@ -144,6 +145,7 @@ class Trainer:
         self.par = PAR(tuple(args.par)) if args.par else None
         # labels and losses have the crop's pixels (decision 18); without PAR they may have its patches
         self.label_size = args.crop if args.par or args.losses_at == "crop" else args.crop // vit.patch_size
+        # classes in this order: background if there is one, things, stuff
         first = 1 if source.background else 0             # things are the second half of L_seg (decision 13)
         self.is_thing = torch.tensor([first <= n < first + source.things for n in range(N)], device=device)
         able = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -161,7 +163,7 @@ class Trainer:
     def pseudo_labels(self, parts, epoch):
         """Fig. 2, top: CAM and teacher, fused, refined by PAR; in the first epochs (`teacher_age`) CAM alone.
 
-        Returns a Target for each Part, and the pixel counts (4,) of all, which the losses divide by.
+        Returns a Target for each Part, and their pixel counts (4,), to be added up over all processes.
         """
         args, network, targets = self.args, self.network, []
         patch, background = network.vit.patch_size, self.source.background
@@ -169,7 +171,7 @@ class Trainer:
             # PAR sees the crop before colour jitter, the network after it (decision 24)
             image = data.crop(part.image, part.draws, args.crop)                  # (b, 3, H, W)
             cams = data.crop(part.cams, part.draws, args.crop // patch, "area")   # (b, K, h, w)
-            if args.cam_scale == "crop":                  # TransFGU's; else by the whole image (decision 23)
+            if args.cam_scale == "crop":                  # else `cached_cams` has scaled them (decision 23)
                 cams = min_max(cams)
             seen = normalise(data.augment(image, part.draws))                     # (b, 3, H, W)
             teacher = None
@@ -239,7 +241,7 @@ def train(args, device):
         return print0(f"{out}: this run is finished ({state['epoch']} epochs); raise --epochs to go on, "
                       f"or use another --out")
     (out / "curves.png").unlink(missing_ok=True)          # a run that has it is finished
-    trainer, images, labels, cams = prepare(args, state, device)                 # Fig. 2, left
+    trainer, images, labels, cams = prepare(args, state, device)      # Fig. 2, left
     log, steps = open_log(out, trainer.epoch), len(images["train"]) * args.repeat // args.batch
 
     for epoch in range(trainer.epoch + 1, args.epochs + 1):           # Table 1 counts from 1
@@ -250,7 +252,7 @@ def train(args, device):
         for step, (parts, seconds) in enumerate(loader, (epoch - 1) * steps):
             # for all parts first: the means of the losses need the pixels of the whole batch
             targets, counts = trainer.pseudo_labels(parts, epoch)     # Fig. 2, top
-            losses = trainer.train_step(targets, all_reduce_sum(counts), epoch, step)      # bottom; Eq. 6
+            losses = trainer.train_step(targets, all_reduce_sum(counts), epoch, step)      # and bottom
             waited, total = waited + seconds, total + list(losses.values())
             record = {"epoch": epoch, "step": step + 1, **losses, "rates": list(rates_of(args, epoch)),
                       "lr": args.lr}
@@ -297,6 +299,60 @@ def prepare(args, state, device):
     return trainer, images, labels, cams
 
 
+def cluster_windows(args, source, vit, digest, device):
+    """Windows of the training images -> CLS features, cached -> k-means, things and stuff apart: (K, D).
+
+    For a new run only: afterwards the centroids are in last.pt. They depend on the images, the ViT, K and the
+    seed, and also on the machine and its threads, whose sums differ in the last digits.
+    """
+    # evenly over the list, which may be sorted
+    chosen = np.linspace(0, len(source) - 1, min(len(source), BANK_IMAGES)).round().astype(int)
+    clusters = [source.things, source.stuff] if source.stuff else [source.things]
+
+    def features(shard):                                  # (M, 1 + D): 0 foreground or 1 background, then CLS
+        found = []
+        for i in shard:
+            image = data.squash(source.image(chosen[i]), args.bank)
+            image = normalise(data.to_float(image[None], device))                 # (1, 3, bank, bank)
+            kinds = cam.window_features(vit, image, args.window, args.scales, source.stuff > 0)
+            found += [F.pad(cls.cpu(), (1, 0), value=kind) for kind, cls in enumerate(kinds)]
+        return torch.cat(found).half().numpy()
+
+    # not in the key: K and the seed, so that other numbers of clusters reuse the windows
+    key = [identity(source), digest, args.bank, args.window, args.scales, len(clusters), cam.COVER, cam.CLEAR,
+           BANK_IMAGES]
+    bank = np.concatenate(cached(args, "windows", key, len(chosen), features).shards)
+    centroids = torch.zeros(sum(clusters), vit.embed_dim, device=device)
+    if RANK == 0:
+        found, rng = [], np.random.default_rng(args.seed)
+        for kind, k in enumerate(clusters):
+            windows = bank[bank[:, 0] == kind, 1:]                                # (M, D)
+            if len(windows) < k:
+                raise UserError(f"--data {args.data}: {len(windows)} windows are too few for {k} clusters; "
+                                f"give more images, or fewer clusters")
+            if len(windows) > BANK_WINDOWS:
+                windows = windows[np.sort(rng.choice(len(windows), BANK_WINDOWS, replace=False))]
+            print0(f"k-means: {len(windows)} windows of {len(chosen)} images, {k} clusters")
+            found.append(torch.from_numpy(cam.cluster(windows, k, args.seed)))
+        centroids += torch.cat(found).to(device)
+    return all_reduce_sum(centroids).cpu()                # the others' are zero: now all have the first one's
+
+
+def cached_cams(args, sources, images, vit, digest, centroids, device):
+    """{split: Cache of class activation maps (n, K, h, w) float16, each image's scaled to 0..1}."""
+    def maps(squashed, shard):                            # 16 images at once: COCO's shards have 1,800
+        found = []
+        for first in range(shard.start, shard.stop, 16):
+            image = data.to_float(squashed[first:min(first + 16, shard.stop)], device)
+            found.append(cam.class_activation_maps(vit, normalise(image), centroids.to(device)))
+        return torch.cat([min_max(cams).half().cpu() for cams in found]).numpy()
+
+    # the maps depend on the images, the weights and the centroids, not on how k-means found them
+    key = [args.size, digest, hashlib.sha256(centroids.numpy().tobytes()).hexdigest(), cam.KEEP_MASS]
+    return {split: cached(args, f"{split}-cams", [identity(source), *key], len(source),
+                          partial(maps, images[split])) for split, source in sources.items()}
+
+
 def batches(args, images, cams, steps, epoch, device):
     """This process's share of the batches of an epoch, loaded one ahead of use.
 
@@ -307,8 +363,9 @@ def batches(args, images, cams, steps, epoch, device):
 
     def load(step):
         parts = np.array_split(order[step * args.batch:(step + 1) * args.batch], args.accumulate * WORLD)
+        # sample s is image s % len(images)
         stack = lambda array, samples: torch.from_numpy(np.stack([array[s % len(images)] for s in samples]))
-        return [(stack(images, samples), stack(cams, samples),                    # s is image s % len(images)
+        return [(stack(images, samples), stack(cams, samples),
                  data.draw(args.seed, epoch, samples, args.jitter)) for samples in parts[RANK::WORLD]]
 
     with ThreadPoolExecutor(1) as pool:
@@ -363,7 +420,8 @@ class Cache:
 def cached(args, name, key, n, compute):
     """The Cache of n records; each process computes its share of the shards that are not there.
 
-    key      all that the records depend on; it names the folder. compute: range of records -> array of them
+    key      all that the records depend on; it names the folder
+    compute  range of records -> array of them. Windows are as many rows as there are: read their `.shards`
     """
     digest = hashlib.sha256(json.dumps([VERSION, key]).encode()).hexdigest()[:16]
     folder = Path(args.out).parent / "cache" / f"{args.data}-{name}-{digest}"
@@ -451,60 +509,6 @@ def cached_squashed(args, name, source, read, mode="bilinear"):
 
     with ThreadPoolExecutor(args.workers) as pool:
         return cached(args, name, [identity(source), args.size], len(source), squashed)
-
-
-def cluster_windows(args, source, vit, digest, device):
-    """Windows of the training images -> CLS features, cached -> k-means, things and stuff apart: (K, D).
-
-    For a new run only: afterwards the centroids are in last.pt. They depend on the images, the ViT, K and the
-    seed, and also on the machine and its threads, whose sums differ in the last digits.
-    """
-    # evenly over the list, which may be sorted
-    chosen = np.linspace(0, len(source) - 1, min(len(source), BANK_IMAGES)).round().astype(int)
-    clusters = [source.things, source.stuff] if source.stuff else [source.things]
-
-    def features(shard):                                  # (M, 1 + D): 0 foreground or 1 background, then CLS
-        found = []
-        for i in shard:
-            image = data.squash(source.image(chosen[i]), args.bank)
-            image = normalise(data.to_float(image[None], device))                 # (1, 3, bank, bank)
-            kinds = cam.window_features(vit, image, args.window, args.scales, source.stuff > 0)
-            found += [F.pad(cls.cpu(), (1, 0), value=kind) for kind, cls in enumerate(kinds)]
-        return torch.cat(found).half().numpy()
-
-    # not in the key: K and the seed, so that other numbers of clusters reuse the windows
-    key = [identity(source), digest, args.bank, args.window, args.scales, len(clusters), cam.COVER, cam.CLEAR,
-           BANK_IMAGES]
-    bank = np.concatenate(cached(args, "windows", key, len(chosen), features).shards)
-    centroids = torch.zeros(sum(clusters), vit.embed_dim, device=device)
-    if RANK == 0:
-        found, rng = [], np.random.default_rng(args.seed)
-        for kind, k in enumerate(clusters):
-            windows = bank[bank[:, 0] == kind, 1:]                                # (M, D)
-            if len(windows) < k:
-                raise UserError(f"--data {args.data}: {len(windows)} windows are too few for {k} clusters; "
-                                f"give more images, or fewer clusters")
-            if len(windows) > BANK_WINDOWS:
-                windows = windows[np.sort(rng.choice(len(windows), BANK_WINDOWS, replace=False))]
-            print0(f"k-means: {len(windows)} windows of {len(chosen)} images, {k} clusters")
-            found.append(torch.from_numpy(cam.cluster(windows, k, args.seed)))
-        centroids += torch.cat(found).to(device)
-    return all_reduce_sum(centroids).cpu()                # the others' are zero: now all have the first one's
-
-
-def cached_cams(args, sources, images, vit, digest, centroids, device):
-    """{split: Cache of class activation maps (n, K, h, w) float16, each image's scaled to 0..1}."""
-    def maps(squashed, shard):                            # 16 images at once: COCO's shards have 1,800
-        found = []
-        for first in range(shard.start, shard.stop, 16):
-            image = data.to_float(squashed[first:min(first + 16, shard.stop)], device)
-            found.append(cam.class_activation_maps(vit, normalise(image), centroids.to(device)))
-        return torch.cat([min_max(cams).half().cpu() for cams in found]).numpy()
-
-    # the maps depend on the images, the weights and the centroids, not on how k-means found them
-    key = [args.size, digest, hashlib.sha256(centroids.numpy().tobytes()).hexdigest(), cam.KEEP_MASS]
-    return {split: cached(args, f"{split}-cams", [identity(source), *key], len(source),
-                          partial(maps, images[split])) for split, source in sources.items()}
 
 
 # ----------------------------------------------------------------------------
@@ -678,7 +682,7 @@ def resume(args):
     for name, now in vars(args).items() if state else ():
         then = state["args"].get(name)
         if name not in may_differ and then != now:
-            raise UserError(f"{file}: begun with --{name.replace('_', '-')} {then}, now {now}: use another "
+            raise UserError(f"{file}: begun with {flag(name)} {then}, now {now}: use another "
                             f"--out, or the same option to go on")
     return state
 
@@ -828,14 +832,16 @@ OPTIONS = {
     "lambdas": ([float] * 4, (0, 1e6), ("SEG", "CE", "UN", "CLS"), "weights of Eq. 6"),
     "threshold": (float, (0, 1), "T", "where all CAMs are below half of it is background"),
     "cam_scale": (("image", "crop"), None, None, "of what CAM's minimum and maximum are; crop is TransFGU's"),
-    "losses_at": (("crop", "patches"), None, None, "size of the labels without PAR; patches is TransFGU's"),
     "jitter": ([float] * 4, (0, 1), ("B", "C", "S", "H"), "of brightness, contrast, saturation, hue"),
     "dropout": (float, (0, 0.99), "P", "in the decoder; results then depend on the number of processes"),
 }
 
 
-def parse(argv=None):
-    """Options -> one flat namespace of plain values, every setting filled in."""
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def option_parser():
     p = argparse.ArgumentParser(description="Train DMSA.", epilog=__doc__.split("\n\n")[1],
                                 usage=argparse.SUPPRESS, allow_abbrev=False,      # errors are one line
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -844,37 +850,44 @@ def parse(argv=None):
                    help="a row of the paper's tables (default: dmsa)")
     p.add_argument("--dry-run", action="store_true",
                    help="check options, data and weights, print the settings, and stop")
-    flag = lambda name: "--" + name.replace("_", "-")
     words = lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
     for name, (kind, _, unit, text) in OPTIONS.items():
-        if name in COMMON:
-            own = {k: settings[name] for k, settings in SETTINGS.items() if settings[name] != COMMON[name]}
-            text += f" (default: {words(COMMON[name])}{''.join(f', {k} {words(v)}' for k, v in own.items())})"
+        if name in COMMON:                                # the default, and those of other data sets
+            defaults = [words(COMMON[name])] if COMMON[name] is not None else []
+            others = {k: own[name] for k, own in SETTINGS.items() if own[name] != COMMON[name]}
+            defaults += [f"{k} {words(value)}" for k, value in others.items()]
+            text += f" (default: {', '.join(defaults)})"
         how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind, "metavar": unit}
         if isinstance(kind, list):
             how |= {"type": kind[0], "nargs": len(kind) if len(kind) > 1 else "*"}
         p.add_argument(flag(name), help=text, **how)
+    return p
+
+
+def parse(argv=None):
+    """Options -> one flat namespace of plain values, every setting filled in and within its limits."""
+    p = option_parser()
     args = p.parse_args(argv)
     if args.data == "folder" and not args.root:
         p.error("--data folder: give the folder of images with --root")
     if args.data != "folder" and args.classes is not None:
         p.error(f"--classes: only for --data folder, {args.data} has its own")
     # an option that was given wins over the preset, the preset over the data set's own setting
-    settings, preset = SETTINGS[args.data], PRESETS[args.preset]
-    patch = BACKBONES[args.backbone or settings["backbone"]][0]["patch_size"]
-    if args.size is None:                                 # half of it has to be whole patches
-        args.size = math.ceil(settings["size"] / (2 * patch)) * 2 * patch
-    for name, value in (settings | preset).items():
+    own, preset = SETTINGS[args.data], PRESETS[args.preset]
+    for name, value in (own | preset).items():
         if name == "lambdas":
-            value = [own if x is None else x for x, own in zip(value, settings["lambdas"])]
-        if getattr(args, name, None) is None:
+            value = [x if given is None else given for x, given in zip(own["lambdas"], value)]
+        if getattr(args, name, None) is None and name != "size":
             setattr(args, name, list(value) if isinstance(value, tuple) else value)
-    if args.size != settings["size"]:
+    patch = BACKBONES[args.backbone][0]["patch_size"]
+    if args.size is None:                                 # half of it has to be whole patches
+        args.size = math.ceil(own["size"] / (2 * patch)) * 2 * patch
+    if args.size != own["size"]:
         args.crop, args.bank, args.window = args.size // 2, 2 * args.size, args.size
     args.out = args.out or os.path.join("runs", args.data)
     for name, (_, limits, _, _) in OPTIONS.items():
-        given = getattr(args, name)
-        for value in given if isinstance(given, list) else [given]:
+        values = getattr(args, name)
+        for value in values if isinstance(values, list) else [values]:
             if limits and value is not None and not limits[0] <= value <= limits[1]:              # also NaN
                 p.error(f"{flag(name)} {value}: must be at least {limits[0]}"
                         + (f" and at most {limits[1]}" if limits[1] < math.inf else ""))
