@@ -1549,6 +1549,7 @@ def test_a_full_disk_is_named_and_leaves_the_old_file_whole(tmp_path, monkeypatc
     monkeypatch.setattr(os, "fsync", raising(OSError(28, "No space left on device")))
     refused(lambda: train.write_whole(file, lambda f: f.write(b"new")), "last.pt: ",
             "No space left on device", "the same command goes on")
+    monkeypatch.setattr(os, "replace", raising(OSError(28, "No space left on device")))
     refused(lambda: train.cached(options(out=tmp_path / "run"), "x", [], 9, np.array), "00.npy: ", "No space")
     assert file.read_bytes() == b"old" and [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["last.pt"]
 

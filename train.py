@@ -431,7 +431,7 @@ def cached(args, name, key, n, compute):
     start = told = time.time()
     for count, k in enumerate(missing, 1):
         records = compute(range(bounds[k], bounds[k + 1]))
-        write_whole(files[k], lambda f: np.save(f, records))
+        write_whole(files[k], lambda f: np.save(f, records), sync=False)          # a loss costs a shard
         if count == len(missing) or time.time() - told > 30:
             told = time.time()
             print0(f"{name}: {count} of {len(missing)} parts, {told - start:.0f} s")
@@ -439,8 +439,11 @@ def cached(args, name, key, n, compute):
     return Cache(folder, bounds)
 
 
-def write_whole(file, save):
-    """Write what save(f) writes to a temporary name and move it into place: `file` is always whole."""
+def write_whole(file, save, sync=True):
+    """Write what save(f) writes to a temporary name and move it into place: `file` is always whole.
+
+    sync   also after a power cut; without, kills and full disks alone do no harm
+    """
     part, content = file.with_name(f"{file.name}.{secrets.token_hex(4)}.part"), io.BytesIO()
     save(content)                                         # to memory: numpy and torch do not name a full disk
     try:
@@ -448,7 +451,8 @@ def write_whole(file, save):
         with open(part, "wb") as f:
             f.write(content.getbuffer())
             f.flush()
-            os.fsync(f.fileno())
+            if sync:
+                os.fsync(f.fileno())
         os.replace(part, file)
     except OSError as error:
         with contextlib.suppress(OSError):
