@@ -182,7 +182,6 @@ def window_features(vit, image, size, scales=THING_SCALES, stuff=False):
     stuff    also the background windows (only they describe stuff; without it they are not computed)
     returns  fore (M, D), back (M', D); empty where no window qualifies
     """
-    check_last_block(vit, image)
     if len(image) != 1:
         raise ValueError(f"image {tuple(image.shape)}: one at a time, (1, 3, H, W)")
     grid, patch = patch_grid(vit, image), vit.patch_size
@@ -194,6 +193,7 @@ def window_features(vit, image, size, scales=THING_SCALES, stuff=False):
         parts = [x[:0]]                                                           # (0, D)
         for start in range(0, chosen.sum(), batch):
             crops = crop_windows(image[0], boxes[chosen][start:start + batch], patch, size)
+            check_last_block(vit, crops)
             x, A, v = last_attention(vit, crops)
             parts.append(cls_feature(vit, x, (A[:, :, None] @ v).flatten(1)))     # (M, D)
         features.append(torch.cat(parts))

@@ -90,10 +90,10 @@ def draw(seed, epoch, samples, jitter=JITTER):
 def crop(x, draws, size, mode="bilinear"):
     """Cut and mirror x by the affine grid of `draws`; with the same draws, all that is cut moves alike.
 
-    x         (B, C, S, S) image, CAM or label on any grid of S x S cells; computed in the type of draws
+    x         (B, C, S, S) image, CAM or label on any grid of S x S cells
     size      side of the result in cells of that grid
     mode      bilinear (images), nearest (labels), area (CAM: a cell is the mean of 2 x 2 bilinear samples)
-    returns   (B, C, size, size)
+    returns   (B, C, size, size) in x's own type, of integers that are not taken `nearest` in float32
     """
     if mode == "area":
         return F.avg_pool2d(crop(x, draws, 2 * size), 2)
@@ -101,14 +101,19 @@ def crop(x, draws, size, mode="bilinear"):
     theta = torch.stack([scale * (1 - 2 * draws.flip), zero, 2 * draws.x + scale - 1,
                          zero, scale, 2 * draws.y + scale - 1], 1)                # in -1..1 across the image
     grid = F.affine_grid(theta.view(-1, 2, 3), (len(theta), 1, size, size), align_corners=False)
-    return F.grid_sample(x.to(grid.dtype), grid, mode, "border", align_corners=False)
+    exact = torch.promote_types(x.dtype, grid.dtype)      # float32, or float64
+    cut = F.grid_sample(x.to(exact), grid.to(exact), mode, "border", align_corners=False)
+    return cut.to(x.dtype) if x.is_floating_point() or mode == "nearest" else cut
 
 
 def augment(image, draws):
-    """Colour jitter, grayscale and blur of image (B, 3, H, W) in 0..1 -> same shape and range.
+    """Colour jitter, grayscale and blur of image (B, 3, H, W), floats in 0..1 -> same shape, type and range.
 
     Hue turns about the grey axis of RGB (torchvision's goes through HSV).
     """
+    if not image.is_floating_point():
+        raise ValueError(f"image is {image.dtype}: floats in 0..1 expected, divide by 255")
+    given, image = image.dtype, image.to(torch.promote_types(image.dtype, torch.float32))
     of_each = lambda numbers: numbers.view(-1, 1, 1, 1)   # (B,) -> (B, 1, 1, 1)
     luma = image.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
     image = (image * of_each(draws.brightness)).clamp(0, 1)                       # a factor of 1: unchanged
@@ -127,7 +132,7 @@ def augment(image, draws):
     kernel = (line[:, :, None] * line[:, None]).repeat_interleave(3, 0)[:, None]  # (3 B, 1, 3, 3)
     B, _, H, W = image.shape                              # every channel is a group with its own kernel
     padded = F.pad(image, (1, 1, 1, 1), mode="reflect").reshape(1, 3 * B, H + 2, W + 2)
-    return F.conv2d(padded, kernel, groups=3 * B).view(B, 3, H, W)
+    return F.conv2d(padded, kernel.to(image.dtype), groups=3 * B).view(B, 3, H, W).to(given)
 
 
 def to_float(image, device=None):

@@ -451,7 +451,10 @@ class DMSA(nn.Module):
         return logits.unflatten(2, grid), class_embeddings
 
     def forward(self, image, rates):
-        """The student's logits (B, N, h, w) for a normalised image (B, 3, H, W); rates as in `decode`."""
+        """The student's logits (B, N, h, w) for a normalised image (B, 3, H, W); rates as in `decode`.
+
+        torch.export takes it with a dynamic B, not with a dynamic H or W.
+        """
         return self.decode(self.student, self.features(image), rates)[0]
 
     @torch.no_grad()

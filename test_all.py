@@ -300,6 +300,7 @@ def test_what_broadcasting_would_hide_is_refused_by_name():
              "masks (3, 3, 4, 5)": lambda: par.PAR()(image, randn(3, 3, 4, 5)),
              "image (3, 8, 8)": lambda: par.PAR()(image[0], logits[0]),
              "uint8": lambda: model.normalise(image.byte()),
+             "divide by 255": lambda: data.augment(image.byte(), data.draw(0, 1, [0, 1])),
              "float32": lambda: data.squash(np.zeros((4, 4, 3), np.float32), 2),
              "centroids (48,)": lambda: cam.class_activation_maps(vit, randn(1, 3, 64, 64), randn(48)),
              "one at a time": lambda: cam.window_features(vit, randn(2, 3, 64, 64), 32),
@@ -307,6 +308,18 @@ def test_what_broadcasting_would_hide_is_refused_by_name():
     for message, call in cases.items():
         with pytest.raises(ValueError, match=re.escape(message)):
             call()
+
+
+def test_crops_and_colours_keep_the_type_that_they_are_given():
+    draws, x = data.draw(0, 1, [0, 1]), torch.rand(2, 3, 16, 16)
+    for kind in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        for mode in ("bilinear", "nearest", "area"):
+            cut = data.crop(x.to(kind), draws, 8, mode)
+            assert_close(cut.float(), data.crop(x, draws, 8, mode), rtol=0, atol=1e-2)
+            assert cut.dtype == kind
+        assert data.augment(x.to(kind), draws).dtype == kind
+    label = torch.randint(0, 255, (2, 1, 16, 16), dtype=torch.uint8)
+    assert data.crop(label, draws, 8, "nearest").dtype == torch.uint8
 
 
 def test_par_keeps_float64_and_takes_half_precision():

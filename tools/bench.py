@@ -168,7 +168,7 @@ def step_case():
     plain = DMSA(vit, 21, use_aspp=False, dropout=0.1).train()                    # as TransFGU, Segmenter
     for head in (plain.student, plain.teacher):
         for block in head.decoder.blocks:
-            block.attn.forward = lambda x, attn=block.attn: textbook_attention(attn, x)[0]
+            block.attn.forward = lambda x, rope=None, attn=block.attn: textbook_attention(attn, x)[0]
     things, permutation = torch.arange(21) >= 1, torch.randperm(21)
     optimizer = torch.optim.Adam(plain.student.parameters(), lr=1e-4, weight_decay=5e-4)
 
