@@ -1212,6 +1212,7 @@ def host(monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Host) as server:
         server.files, server.seen, server.url = {}, [], f"http://127.0.0.1:{server.server_port}"
+        server.handle_error = lambda request, address: None                       # clients that hang up
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         yield server
         server.shutdown()
