@@ -115,8 +115,11 @@ def restore(checkpoint):
     args = checkpoint["args"]                             # the options that the run was given, plain values
     vit = VisionTransformer(**BACKBONES[args["backbone"]][0])
     network = DMSA(vit, len(checkpoint["names"]), args["aspp"] != "none")
-    for name in ("vit", "student", "teacher"):
-        getattr(network, name).load_state_dict(checkpoint[name])
+    try:
+        for name in ("vit", "student", "teacher"):
+            getattr(network, name).load_state_dict(checkpoint[name])
+    except (RuntimeError, TypeError):                     # other tensors, or none
+        raise UserError(f"this checkpoint's {name} does not fit its own options; use another one") from None
     torch.backends.cudnn.allow_tf32 = False               # full fp32 on GPUs too, as in training
     return network.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 

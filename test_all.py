@@ -1928,11 +1928,13 @@ def test_what_a_user_asks_wrong_of_eval_is_one_line_and_exit_code_2(uninterrupte
     ends(2, message, "eval.py", checkpoint, "--out", tmp_path / "out", *args.split())
 
 
-@pytest.mark.parametrize("name", ("short.pt", "code.pt", "other.pt", "none.pt"))
+@pytest.mark.parametrize("name", ("short.pt", "code.pt", "other.pt", "none.pt", "this checkpoint's student"))
 def test_checkpoints_that_are_truncated_foreign_or_carry_code_are_named(tmp_path, uninterrupted, name):
-    (tmp_path / "short.pt").write_bytes((uninterrupted[0] / "run" / "last.pt").read_bytes()[:100_000])
+    whole = uninterrupted[0] / "run" / "last.pt"
+    (tmp_path / "short.pt").write_bytes(whole.read_bytes()[:100_000])
     torch.save({"x": Payload()}, tmp_path / "code.pt")
     torch.save({"x": 1}, tmp_path / "other.pt")
+    torch.save(torch.load(whole, weights_only=True) | {"student": {}}, tmp_path / "this checkpoint's student")
     assert "must never run" not in ends(2, name, "eval.py", tmp_path / name)
 
 
