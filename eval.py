@@ -157,11 +157,15 @@ def evaluate(labelled, predict, n):
     return total
 
 
+def reduced(image, unit=1):
+    """Rows and columns, in whole units of pixels, that an image (H, W, 3) has within MOST pixels a side."""
+    shrink = min(1, MOST / max(image.shape[:2]))
+    return tuple(max(unit, round(side * shrink / unit) * unit) for side in image.shape[:2])
+
+
 def whole_patches(image, patch):
     """Resize an image to whole patches, of which the ViT drops none, and to at most MOST pixels a side."""
-    H, W = image.shape[:2]
-    shrink = min(1, MOST / max(H, W))
-    h, w = (max(patch, round(side * shrink / patch) * patch) for side in (H, W))
+    h, w = reduced(image, patch)
     return np.array(Image.fromarray(image).resize((w, h), Image.BILINEAR))
 
 
@@ -171,16 +175,13 @@ def segment_photograph(network, image, checkpoint, native=False, par=None):
     The network sees it squashed to the size that it was trained with or, `native`, at its own size in whole
     patches. Masks are made at up to MOST pixels a side and enlarged from there (nearest).
     """
-    H, W = image.shape[:2]
-    shrink = min(1, MOST / max(H, W))
-    mask_size = max(1, round(H * shrink)), max(1, round(W * shrink))
     if native:
         seen = whole_patches(image, network.vit.patch_size)
     else:
         seen = data.squash(image, checkpoint["args"]["size"])
-    clusters = segment(network, checkpoint["rates"], seen[None], mask_size, par)[0].cpu().numpy()
+    clusters = segment(network, checkpoint["rates"], seen[None], reduced(image), par)[0].cpu().numpy()
     mask = np.array(checkpoint["assignment"], np.uint8)[clusters]
-    return np.array(Image.fromarray(mask).resize((W, H), Image.NEAREST))
+    return np.array(Image.fromarray(mask).resize(image.shape[1::-1], Image.NEAREST))
 
 
 # ----------------------------------------------------------------------------

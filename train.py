@@ -30,7 +30,7 @@ import threading
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -327,13 +327,13 @@ def cluster_windows(args, source, vit, digest, device):
         found, rng = [], np.random.default_rng(args.seed)
         for kind, k in enumerate(clusters):
             windows = bank[bank[:, 0] == kind, 1:]                                # (M, D)
-            if len(windows) < k:
-                raise UserError(f"--data {args.data}: {len(windows)} windows are too few for {k} clusters; "
-                                f"give more images, or fewer clusters")
             if len(windows) > BANK_WINDOWS:
                 windows = windows[np.sort(rng.choice(len(windows), BANK_WINDOWS, replace=False))]
             print0(f"k-means: {len(windows)} windows of {len(chosen)} images, {k} clusters")
-            found.append(torch.from_numpy(cam.cluster(windows, k, args.seed)))
+            try:
+                found.append(torch.from_numpy(cam.cluster(windows, k, args.seed)))
+            except ValueError as error:                   # too few windows
+                raise UserError(f"--data {args.data}: {error}") from None
         centroids += torch.cat(found).to(device)
     return all_reduce_sum(centroids).cpu()                # the others' are zero: now all have the first one's
 
@@ -465,7 +465,8 @@ def write_whole(file, save, sync=True):
 # Data and what is computed from it once
 
 
-def identity(source):
+@lru_cache
+def identity(source):                                     # read once: COCO has 240,000 files
     """What the files of a split are: [how many images, digest of their names and of all sizes in bytes]."""
     labels = [os.path.getsize(file) for file in source.labels if os.path.exists(file)]
     images = [os.path.getsize(file) for file in source.images]
