@@ -34,12 +34,14 @@ from scipy.optimize import linear_sum_assignment
 import cam
 import data
 import losses
+from aspp import TABLE_1
 from data import UserError
 from model import BACKBONES, DMSA, VisionTransformer, normalise, read_tensors
 from par import PAR
 
 GROUP = 16                                                # images of one forward pass
 MOST = 1024                                               # pixels: photographs are computed at most so long
+ROWS = {",".join(map(str, rates)): list(rates) for rates in TABLE_1.values()}     # "1,1,2,3": [1, 1, 2, 3]
 
 
 # ----------------------------------------------------------------------------
@@ -100,43 +102,65 @@ def scores(confusion):
 # Checkpoint -> network -> masks
 
 
-def load_checkpoint(file):
-    """The dict that train.py saved: tensors and plain values. Raises WeightsError, UserError."""
+def load_checkpoint(file, rates="epoch"):
+    """The dict that train.py saved: tensors and plain values. Raises WeightsError, UserError.
+
+    rates    those of ASPP to use, as ROWS has them; "epoch": of the epoch that the checkpoint is of
+    """
     checkpoint, _ = read_tensors(file)
     needed = {"student", "teacher", "vit", "args", "names", "epoch", "rates", "assignment", "centroids",
               "background", "teacher_on"}
     if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
         raise UserError(f"{file}: not a checkpoint of train.py; give last.pt or best.pt of a run")
+    if rates != "epoch":
+        checkpoint["rates"] = ROWS[rates]
     return checkpoint
 
 
-def restore(checkpoint):
-    """The network of a checkpoint, in eval mode, on the GPU if there is one."""
+def available(device):
+    """"cuda" or "cpu", whichever --device asks for; "auto": the GPU if there is one. Raises UserError."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine shows no GPU to torch; use --device cpu")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
+def restore(checkpoint, device="auto"):
+    """The network of a checkpoint, in eval mode; device as in `available`."""
     args = checkpoint["args"]                             # the options that the run was given, plain values
     vit = VisionTransformer(**BACKBONES[args["backbone"]][0])
-    network = DMSA(vit, len(checkpoint["names"]), args["aspp"] != "none")
+    network = DMSA(vit, len(checkpoint["names"]), args["aspp"] != "none", aspp_scale=args["aspp_scale"])
     try:
         for name in ("vit", "student", "teacher"):
             getattr(network, name).load_state_dict(checkpoint[name])
     except (RuntimeError, TypeError):                     # other tensors, or none
         raise UserError(f"this checkpoint's {name} does not fit its own options; use another one") from None
     torch.backends.cudnn.allow_tf32 = False               # full fp32 on GPUs too, as in training
-    return network.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return network.to(available(device)).eval()
 
 
 @torch.no_grad()
-def segment(network, rates, image, mask_size, par=None):
-    """Cluster of every pixel by the student: uint8 (B, H, W, 3) -> uint8 (B, *mask_size).
+def segment(network, rates, image, mask_size, par=None, flip=False, heads=None):
+    """Cluster of every pixel by each head: uint8 (B, H, W, 3) -> uint8 (heads, B, *mask_size).
 
     rates       of ASPP; mask_size: (rows, columns) that the logits are enlarged to before the arg max
     par         a PAR that refines the probabilities there
+    flip        logits are the mean of those of the image and those of its mirror image, mirrored back
+    heads       of the network; default the student's alone
     """
+    def logits_of(image):                                 # (heads, B, N, h, w)
+        features = network.features(normalise(image))
+        return torch.stack([network.decode(head, features, rates)[0] for head in heads or [network.student]])
+
     image = data.to_float(image, network.vit.cls_token.device)                    # (B, 3, H, W)
-    logits = network(normalise(image), rates)                                     # (B, N, h, w)
+    logits = logits_of(image)
+    if flip:
+        logits = (logits + logits_of(image.flip(3)).flip(4)) / 2
     if par is not None:
         image = F.interpolate(image, size=mask_size, mode="bilinear")
-        return par(image, logits.softmax(1)).argmax(1).byte()
-    return F.interpolate(logits, size=mask_size, mode="bilinear").argmax(1).byte()
+        masks = [par(image, of_head.softmax(1)) for of_head in logits]
+    else:
+        masks = [F.interpolate(of_head, size=mask_size, mode="bilinear") for of_head in logits]
+    return torch.stack([mask.argmax(1).byte() for mask in masks])
 
 
 def groups(n, rank=0, world=1):
@@ -146,14 +170,16 @@ def groups(n, rank=0, world=1):
     return [range(start, min(start + GROUP, n)) for start in starts]
 
 
-def evaluate(labelled, predict, n):
-    """Confusion matrix (n, n) of all pairs in `labelled`: what `predict` takes, and labels (b, H, W) uint8.
+def evaluate(labelled, predict, n, heads=1):
+    """Confusion matrices of all pairs in `labelled`: what `predict` takes, and labels (b, H, W) uint8.
 
-    predict   (inputs, (H, W)) -> clusters (b, H, W): `segment` with a network, or what else is scored
+    predict   (inputs, (H, W)) -> clusters (heads, b, H, W): `segment` with a network, or what else is scored
+    returns   (heads, n, n) int64
     """
-    total = torch.zeros(n, n, dtype=torch.int64)
+    total = torch.zeros(heads, n, n, dtype=torch.int64)
     for inputs, labels in labelled:
-        total += confusion_matrix(labels, predict(inputs, labels.shape[1:]).cpu(), n)
+        for k, clusters in enumerate(predict(inputs, labels.shape[1:]).cpu()):
+            total[k] += confusion_matrix(labels, clusters, n)
     return total
 
 
@@ -169,17 +195,17 @@ def whole_patches(image, patch):
     return np.array(Image.fromarray(image).resize((w, h), Image.BILINEAR))
 
 
-def segment_photograph(network, image, checkpoint, native=False, par=None):
+def segment_photograph(network, image, checkpoint, native=False, **how):
     """Classes of one image of any size: uint8 (H, W, 3) -> uint8 (H, W).
 
     The network sees it squashed to the size that it was trained with or, `native`, at its own size in whole
-    patches. Masks are made at up to MOST pixels a side and enlarged from there (nearest).
+    patches. Masks are made at up to MOST pixels a side and enlarged from there (nearest). how: as `segment`
     """
     if native:
         seen = whole_patches(image, network.vit.patch_size)
     else:
         seen = data.squash(image, checkpoint["args"]["size"])
-    clusters = segment(network, checkpoint["rates"], seen[None], reduced(image), par)[0].cpu().numpy()
+    clusters = segment(network, checkpoint["rates"], seen[None], reduced(image), **how)[0, 0].cpu().numpy()
     mask = np.array(checkpoint["assignment"], np.uint8)[clusters]
     return np.array(Image.fromarray(mask).resize(image.shape[1::-1], Image.NEAREST))
 
@@ -343,8 +369,8 @@ def score(network, checkpoint, args):
         labelled = ((np.stack([data.squash(source.image(i), size) for i in group]),
                      np.stack([data.squash(source.label(i), size, "nearest") for i in group]))
                     for group in groups(len(source)))
-    clusters = partial(segment, network, checkpoint["rates"], par=args.refine)
-    result = scores(evaluate(labelled, clusters, len(source.names)))
+    clusters = partial(segment, network, checkpoint["rates"], **args.how)
+    result = scores(evaluate(labelled, clusters, len(source.names))[0])
     cluster_of = {int(c): k for k, c in enumerate(result["assignment"])}  # class -> cluster
     print("class                 cluster     IoU")
     for i, name in enumerate(source.names):
@@ -390,7 +416,7 @@ def predict(network, checkpoint, args):
         except UserError as error:                        # the others are still worth having
             data.report(error)
             continue
-        mask = segment_photograph(network, image, checkpoint, args.native, args.refine)           # (H, W)
+        mask = segment_photograph(network, image, checkpoint, args.native, **args.how)            # (H, W)
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         picture = Image.fromarray(mask)
         picture.putpalette(colours.flatten().tolist())    # the file holds class indices, viewers show colours
@@ -409,16 +435,16 @@ def compare(network, checkpoint, args):
     """--compare: the same images by several checkpoints side by side (Figs. 3 and 4)."""
     colours, columns = data.palette(), [(network, checkpoint)]
     for file in args.compare:
-        other = load_checkpoint(file)
+        other = load_checkpoint(file, args.rates)
         if other["names"] != checkpoint["names"]:
             raise UserError(f"{file}: has other classes than {args.checkpoint}; compare checkpoints of one "
                             f"data set")
-        columns.append((restore(other), other))
+        columns.append((restore(other, args.device), other))
     source = data.Folder(args.predict) if args.predict else open_split(checkpoint, args)
     rows = []
     for i in range(min(len(source), args.limit or 6)):
         image = source.image(i)
-        masks = [segment_photograph(net, image, c, args.native, args.refine) for net, c in columns]
+        masks = [segment_photograph(net, image, c, args.native, **args.how) for net, c in columns]
         masks += [source.label(i)] if source.labels or isinstance(source, data.Shapes) else []
         tiles = [colours[data.squash(mask, 160, "nearest")] for mask in masks]
         rows.append([data.squash(image, 160), *tiles])
@@ -469,6 +495,12 @@ def parse(argv=None):
         help="the images' own size instead of squares (labels too)")
     p.add_argument("--par", action="store_true",
         help="refine the prediction with PAR, by the run's own dilations, or 1 2 4 8 if it has none")
+    p.add_argument("--flip", action="store_true",
+        help="logits are the mean over the image and its mirror image")
+    p.add_argument("--rates", choices=("epoch", *ROWS), default="epoch",
+        help="of ASPP, a row of Table 1 (default: that of the checkpoint's epoch)")
+    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
+        help="auto: cuda if there is one (default)")
     p.add_argument("--predict", nargs="+", metavar="PATH", help="segment these images and folders")
     p.add_argument("--explain", metavar="PHOTO", help="draw every stage of Fig. 2 for it: explain.png")
     p.add_argument("--compare", nargs="+", metavar="CHECKPOINT",
@@ -489,9 +521,10 @@ def main():
     args = parse()
     sys.stdout.reconfigure(errors="backslashreplace")     # names of files may be in any encoding
     try:
-        checkpoint = load_checkpoint(args.checkpoint)
-        network = restore(checkpoint)
-        args.refine = (run_par(checkpoint) or PAR((1, 2, 4, 8))) if args.par else None
+        checkpoint = load_checkpoint(args.checkpoint, args.rates)
+        network = restore(checkpoint, args.device)
+        par = (run_par(checkpoint) or PAR((1, 2, 4, 8))) if args.par else None
+        args.how = {"par": par, "flip": args.flip}
         if args.compare:
             compare(network, checkpoint, args)
         elif args.explain:

@@ -3,7 +3,8 @@
     L_all = lambda_1 L_seg + lambda_2 L_CE + lambda_3 L_un + lambda_4 L_cls
 
     min_max(), with_background(), fuse() -> pseudo_label() (Fig. 2)
-    cross_entropy_loss(), segmentation_loss(), uncertainty_loss(), class_loss() -> dmsa_losses() (Eq. 6)
+    cross_entropy() -> cross_entropy_loss(), segmentation_loss(); uncertainty_loss(), class_loss()
+        -> dmsa_losses() (Eq. 6)
 
 Plain functions of logits (B, N, H, W), labels (B, H, W) and class embeddings (B, N, D). N counts every class,
 the background included where there is one (channel 0). Needs torch only: copy this file anywhere.
@@ -71,13 +72,16 @@ def fuse(cam, teacher_logits, teacher_weight):
     return (1 - teacher_weight) * cam + teacher_weight * teacher_logits.softmax(1)
 
 
-def pseudo_label(cam, teacher_logits, refine, teacher_weight, background=True, threshold=THRESHOLD):
+def pseudo_label(cam, teacher_logits, refine, teacher_weight, background=True, threshold=THRESHOLD,
+                 hard=False):
     """The upper half of Fig. 2: CAM, fused with the teacher, refined -> the label that the student learns.
 
     cam             (B, K, h, w)  in [0, 1], of `min_max`; see decision 23 for the image that it is taken of
     teacher_logits  (B, N, h, w), or None before the teacher starts: CAM alone
     refine          (B, N, h, w) -> (B, N, H, W), the size of the losses: PAR with the image, or an upsampling
     background      whether class 0 is background, N = K + 1; else N = K
+    hard            without a teacher, `refine` gets 1 for the class of each patch and 0 for the others, not
+                    CAM, whose background is 0.1 at most where a class reaches 1 (decision 31)
     returns         label (B, H, W) int64; confident (B, H, W) bool, the pixels of L_un: those where the CAM
                     of some class exceeds the threshold, or all pixels where there is no background
     """
@@ -86,7 +90,10 @@ def pseudo_label(cam, teacher_logits, refine, teacher_weight, background=True, t
         cam = with_background(cam, threshold)                                     # (B, N, h, w)
     else:
         confident = torch.ones_like(cam[:, :1], dtype=torch.bool)
-    masks = cam if teacher_logits is None else fuse(cam, teacher_logits, teacher_weight)
+    if teacher_logits is not None:
+        masks = fuse(cam, teacher_logits, teacher_weight)
+    else:
+        masks = torch.zeros_like(cam).scatter_(1, cam.argmax(1, keepdim=True), 1) if hard else cam
     label = refine(masks).argmax(1)                                               # (B, H, W)
     return label, F.interpolate(confident.float(), size=label.shape[1:])[:, 0].bool()
 
@@ -107,7 +114,13 @@ def check_pixels(logits, **masks):
             raise ValueError(f"{name} {tuple(mask.shape)}: (B, H, W) of {tuple(logits.shape)} expected")
 
 
-def cross_entropy_loss(logits, label, permutation=None, alpha=0.0, count=None):
+def cross_entropy(logits, label):
+    """CE of each pixel, of which L_CE and L_seg are means: (B, N, H, W), (B, H, W) -> (B, H, W), void 0."""
+    check_pixels(logits, label=label)
+    return F.cross_entropy(full(logits), label.long(), ignore_index=VOID, reduction="none")
+
+
+def cross_entropy_loss(logits, label, permutation=None, alpha=0.0, count=None, ce=None):
     """L_CE of Eq. 6: CE(logits, label) - alpha * CE(logits, permutation[label]), mean over pixels.
 
     The second term is TransFGU's and not in the paper (decision 12): a random permutation, one for a batch,
@@ -119,19 +132,18 @@ def cross_entropy_loss(logits, label, permutation=None, alpha=0.0, count=None):
                                is n itself, the loss of the pixel is (1 - alpha) CE. None without a teacher
     alpha        weight of the second term (`permutation_weight`)
     count        pixels to divide by; default those that count
+    ce           cross_entropy(logits, label), if it is known already
     returns      ()            negative where the wrong class is far less likely than the label
     """
-    check_pixels(logits, label=label)
-    label, valid = label.long(), label != VOID
-    log_p = full(logits).log_softmax(1)                   # of both terms
-    loss = F.nll_loss(log_p, label, ignore_index=VOID, reduction="sum")
+    ce = cross_entropy(logits, label) if ce is None else ce                       # (B, H, W)
+    valid = label != VOID
     if permutation is not None:
-        wrong = permutation[label * valid].masked_fill(~valid, VOID)
-        loss = loss - alpha * F.nll_loss(log_p, wrong, ignore_index=VOID, reduction="sum")
-    return loss / (valid.sum().clamp(min=1) if count is None else count)
+        wrong = permutation[label.long() * valid].masked_fill(~valid, VOID)
+        ce = ce - alpha * cross_entropy(logits, wrong)
+    return ce.sum() / (valid.sum().clamp(min=1) if count is None else count)
 
 
-def segmentation_loss(logits, label, second=None, counts=None):
+def segmentation_loss(logits, label, second=None, counts=None, ce=None):
     """L_seg of Eq. 6: the mean CE over each of two groups of pixels, of which each counts one half (AFA).
 
     logits    (B, N, H, W)
@@ -139,11 +151,12 @@ def segmentation_loss(logits, label, second=None, counts=None):
     second    (B, H, W)     bool, the pixels of the second half; default label != 0, so that the halves are
                             background and foreground. Where there is stuff: stuff and things (decision 13)
     counts    pixels of the first and second half to divide by; default those of `label`
+    ce        cross_entropy(logits, label), if it is known already
     returns   ()            an empty half counts 0 (AFA's is NaN)
     """
     second = label != 0 if second is None else second
-    check_pixels(logits, label=label, second=second)
-    ce = F.cross_entropy(full(logits), label.long(), ignore_index=VOID, reduction="none")         # (B, H, W)
+    check_pixels(logits, second=second)
+    ce = cross_entropy(logits, label) if ce is None else ce                       # (B, H, W)
     valid = label != VOID
     halves = (valid & ~second, valid & second)
     if counts is None:
@@ -163,8 +176,10 @@ def uncertainty_loss(logits, confident, count=None):
     check_pixels(logits, confident=confident)
     if logits.shape[1] < 2:
         raise ValueError(f"logits {tuple(logits.shape)}: two classes at least have to compete")
-    p1, p2 = full(logits).softmax(1).topk(2, dim=1).values.unbind(1)              # (B, H, W) each
-    doubt = (1 - (p1 - p2)) * confident
+    p = full(logits).softmax(1)
+    p1, best = p.max(1, keepdim=True)                     # not topk, which a GPU does pixel by pixel
+    p2 = p.scatter(1, best, 0).amax(1, keepdim=True)                              # (B, 1, H, W)
+    doubt = (1 - (p1 - p2))[:, 0] * confident
     count = confident.sum() if count is None else torch.as_tensor(count)
     return doubt.sum() / count.clamp(min=1)
 
@@ -207,8 +222,9 @@ def dmsa_losses(logits, class_embeddings, label, confident, counts, is_thing, la
     channel 0 is background and has no part in L_un.
     """
     n_images, n_first, n_second, n_confident = counts
-    seg = segmentation_loss(logits, label, is_thing[label.long() * (label != VOID)], (n_first, n_second))
-    ce = cross_entropy_loss(logits, label, permutation, alpha, n_first + n_second)
+    of_pixels, second = cross_entropy(logits, label), is_thing[label.long() * (label != VOID)]    # (B, H, W)
+    seg = segmentation_loss(logits, label, second, (n_first, n_second), of_pixels)
+    ce = cross_entropy_loss(logits, label, permutation, alpha, n_first + n_second, of_pixels)
     un = uncertainty_loss(logits[:, 1:] if background else logits, confident, n_confident)
     cls = class_loss(class_embeddings, n_images)
     lambda_1, lambda_2, lambda_3, lambda_4 = lambdas

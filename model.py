@@ -407,12 +407,14 @@ class DMSA(nn.Module):
     vit        pretrained VisionTransformer; frozen here
     n_classes  N, background included
     use_aspp   without, a head is the decoder alone; dropout: in the decoder
+    aspp_scale factor of what ASPP adds (decision 30)
 
     After each step of an optimizer on `student.parameters()`, call `update_teacher`.
     """
 
-    def __init__(self, vit, n_classes, use_aspp=True, dropout=0.0):
+    def __init__(self, vit, n_classes, use_aspp=True, dropout=0.0, aspp_scale=0.1):
         super().__init__()
+        self.aspp_scale = aspp_scale
         self.vit = vit.requires_grad_(False).eval()
         self.student = Head(vit.embed_dim, n_classes, use_aspp, dropout)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()
@@ -444,7 +446,7 @@ class DMSA(nn.Module):
         last, grid = self.vit.blocks[-1], x.shape[2:]
         x = x + msa                                                               # (B, D, h, w)
         if head.aspp is not None:
-            x = x + head.aspp(msa, rates)                                         # decision 1
+            x = x + self.aspp_scale * head.aspp(msa, rates)                       # decisions 1 and 30
         x = x.flatten(2).transpose(1, 2)                                          # (B, hw, D)
         x = self.vit.norm(x + last.mlp(last.norm2(x)))                            # (B, hw, D)
         logits, class_embeddings = head.decoder(x)                                # (B, N, hw), (B, N, D)

@@ -255,6 +255,12 @@ def test_the_four_losses_are_those_of_the_textbook():
     doubt = lambda pixels: losses.uncertainty_loss((best + 1e-9).log(), torch.tensor([[pixels]])).item()
     assert doubt([True, False, True]) == pytest.approx((0.8 + 1.0) / 2, abs=1e-5)
     assert doubt([False] * 3) == 0
+    for x in (randn(2, 5, 3, 3).requires_grad_(), randn(1, 2, 4, 4).requires_grad_()):
+        p1, p2 = x.softmax(1).topk(2, dim=1).values.unbind(1)
+        expected, everywhere = (1 - (p1 - p2)).mean(), torch.ones_like(p1, dtype=torch.bool)
+        loss = losses.uncertainty_loss(x, everywhere)
+        assert_close(loss, expected)
+        assert_close(*(torch.autograd.grad(value, x)[0] for value in (loss, expected)))
 
     c = randn(2, 4, 5)
     pairs = [1 + F.cosine_similarity(c[b, i], c[b, j], dim=0)
@@ -609,8 +615,11 @@ def test_the_untrained_network_is_dino_and_aspp_sees_what_the_last_attention_add
         assert_close(seen[0][0], expected)
         nn.init.normal_(network.student.aspp.project.weight, std=0.1)             # as if it were trained
         first, other = (network(image, rates) for rates in ((1, 1, 2, 3), (1, 6, 12, 18)))
-    assert (first - other).abs().max() > 1e-2 and [rates for _, rates in seen[1:]] == [
-        (1, 1, 2, 3), (1, 6, 12, 18)]
+        x = trunk[:, 1:] + (expected + 0.1 * network.student.aspp(expected, (1, 6, 12, 18))).flatten(2).mT
+        tokens = vit.norm(x + last.mlp(last.norm2(x)))
+        assert_close(other.flatten(2), network.student.decoder(tokens)[0], rtol=1e-4, atol=1e-5)
+    assert (first - other).abs().max() > 1e-3 and [rates for _, rates in seen[1:]] == [
+        (1, 1, 2, 3), (1, 6, 12, 18), (1, 6, 12, 18)]
 
 
 def test_only_aspp_and_decoder_train_and_aspp_does_get_a_gradient():
@@ -1659,6 +1668,7 @@ def test_a_run_writes_its_files_and_logs_every_key(uninterrupted):
     assert [(r["epoch"], r["step"]) for r in log] == [((s - 1) // 4 + 1, s) for s in range(1, 13)]
     assert all({"seg", "ce", "un", "cls", "all", "rates", "lr"} <= r.keys() for r in log)
     assert all({"miou", "accuracy", "clusters", "entropy", "cam_miou"} <= r.keys() for r in log[3::4])
+    assert ["teacher_miou" in r for r in log[3::4]] == [False, True, True]        # --teacher-start 1
     assert [r["rates"] for r in log[::4]] == [[1, 1, 2, 3], [1, 1, 3, 5], [1, 1, 2, 3]]
     for r in log:
         assert r["all"] == pytest.approx(
@@ -1772,7 +1782,7 @@ def test_scores_do_not_depend_on_how_the_images_are_shared(monkeypatch):
     source = data.Shapes("val", 5)
     labels = np.stack([source.label(i) for i in range(37)])
     # what is predicted depends on all that are predicted at once, as the last bits of a network's sums do
-    predict = lambda labels, size: (torch.as_tensor(labels) + labels.sum(dtype=int)) % 6
+    predict = lambda labels, size: ((torch.as_tensor(labels) + labels.sum(dtype=int)) % 6)[None]
     totals, trainer = {}, SimpleNamespace(source=source, device="cpu")
     monkeypatch.setattr(train, "all_reduce_sum", lambda tensor: tensor)
     for world in (1, 2, 3):
@@ -1905,10 +1915,31 @@ def test_masks_never_lie_among_photographs_nor_on_one_another(uninterrupted, tmp
     assert {p.name: p.read_bytes() for p in photos.iterdir()} == before
 
 
+def test_segment_takes_the_mean_over_the_mirror_image_and_each_head_by_itself():
+    network, rates = model.DMSA(small_vit(), 4).eval(), (1, 1, 2, 3)
+    network.teacher.decoder.cls_emb.data = randn(*network.teacher.decoder.cls_emb.shape, seed=5)
+    image = (torch.rand(2, 64, 64, 3) * 255).byte()
+    seen = model.normalise(data.to_float(image))
+    with torch.no_grad():
+        mirrored = network(seen.flip(3), rates).flip(3)
+        teacher = network.decode(network.teacher, network.features(seen), rates)[0]
+        logits = [network(seen, rates), teacher, (network(seen, rates) + mirrored) / 2]
+    expected = [F.interpolate(x, size=(64, 64), mode="bilinear").argmax(1).byte() for x in logits]
+    heads = evaluation.segment(network, rates, image, (64, 64), heads=[network.student, network.teacher])
+    found = [*heads, *evaluation.segment(network, rates, image, (64, 64), flip=True)]
+    assert all((a != b).float().mean() < 1e-3 for a, b in zip(found, expected))
+    assert (expected[0] != expected[1]).any() and (expected[0] != expected[2]).any()
+
+
 def test_eval_prints_the_scores_of_the_log_and_draws_its_pictures(uninterrupted, tmp_path):
     run, log = uninterrupted[0] / "run", uninterrupted[2]
     ends(0, f"mIoU {log[-1]['miou']:.2f}  accuracy {log[-1]['accuracy']:.2f}", "eval.py", run / "last.pt",
          "--limit", "24")
+    last = evaluation.load_checkpoint(run / "last.pt")
+    torch.save(last | {"student": last["teacher"]}, tmp_path / "teacher.pt")
+    ends(0, f"mIoU {log[-1]['teacher_miou']:.2f}  accuracy {log[-1]['teacher_accuracy']:.2f}", "eval.py",
+         tmp_path / "teacher.pt", "--limit", "24", "--device", "cpu")
+    ends(0, "rates [1, 6, 12, 18]", "eval.py", run / "last.pt", "--flip", "--rates", "1,6,12,18")
     ends(0, "", "eval.py", run / "last.pt", "--compare", run / "best.pt", "--out", tmp_path)
     assert Image.open(tmp_path / "compare.png").size[0] > 300
     photo, tiles = save(tmp_path / "in" / "photo.png", data.shapes(1, 96)[0]), []

@@ -46,7 +46,7 @@ import cam
 import data
 from aspp import DEEPLAB_RATES, dilation_rates
 from data import UserError
-from eval import curves, evaluate, groups, load_checkpoint, panels, scores, segment
+from eval import available, curves, evaluate, groups, load_checkpoint, panels, scores, segment
 from losses import dmsa_losses, min_max, permutation_weight, pixel_counts, pseudo_label, with_background
 from model import BACKBONES, DMSA, Head, VisionTransformer, backbone, normalise
 from par import PAR
@@ -66,8 +66,8 @@ COMMON = dict(
     threshold=0.1, teacher_weight=0.7,                    # of the background, TransFGU's; decision 11
     teacher_start=5,                                      # epochs of CAM alone
     intervals=(5, 5, 5, 5, 4, 4, 4, 4, 4, 3),             # of --teacher reset: `replacements`
-    aspp="dynamic", par=(1, 2, 4, 8), teacher="ema", momentum=0.99, dropout=0.0,
-    cam_scale="image", losses_at="crop", jitter=data.JITTER)
+    aspp="dynamic", aspp_scale=0.1, par=(1, 2, 4, 8), coarse="hard", teacher="ema", momentum=0.99,
+    dropout=0.0, cam_scale="image", losses_at="crop", jitter=data.JITTER)
 SETTINGS = {
     "shapes": COMMON | dict(                              # small, so that a CPU is enough (decision 26)
         backbone="tiny", size=128, crop=96, bank=128, window=96, batch=16, epochs=10, lr=5e-4,
@@ -137,7 +137,8 @@ class Trainer:
         self.args, self.source, self.begun, self.device = args, source, begun, device
         N = len(source.names)
         torch.manual_seed(args.seed)                      # the same start on every process
-        self.network = DMSA(vit, N, args.aspp != "none", args.dropout).to(device).train()
+        self.network = DMSA(vit, N, args.aspp != "none", args.dropout,
+                            args.aspp_scale).to(device).train()
         self.params = list(self.network.student.parameters())
         self.optimizer = torch.optim.Adam([               # L2, not on biases and norms (decision 27)
             {"params": [p for p in self.params if p.ndim > 1], "weight_decay": 5e-4},
@@ -181,8 +182,9 @@ class Trainer:
                     teacher, _ = network.decode(network.teacher, features, rates_of(args, epoch))
                     teacher = teacher.float()                                     # (b, N, h, w) logits
             refine = partial(self.par, image) if self.par else self.upsample
+            hard = args.coarse == "hard" and self.par is not None
             label, confident = pseudo_label(cams, teacher, refine, args.teacher_weight, background,
-                                            args.threshold)                       # (b, H, W) each
+                                            args.threshold, hard)                 # (b, H, W) each
             targets.append(Target(features, label, confident))
         return targets, sum(pixel_counts(t.label, t.confident, self.is_thing) for t in targets)
 
@@ -542,31 +544,36 @@ def replace_teacher(trainer):
 # Scores, log, last words
 
 
-def confusion_of(trainer, inputs, labels, predict):
-    """Confusion matrix (N, N) of a split, of which every process does its share; predict as in `evaluate`."""
+def confusion_of(trainer, inputs, labels, predict, heads=1):
+    """Confusion matrices of a split, of which every process does its share; predict as in `evaluate`."""
     share = ((inputs[g.start:g.stop], labels[g.start:g.stop]) for g in groups(len(labels), RANK, WORLD))
-    total = evaluate(share, predict, len(trainer.source.names))
+    total = evaluate(share, predict, len(trainer.source.names), heads)            # (heads, N, N)
     return all_reduce_sum(total.to(trainer.device)).cpu()
 
 
 def score(trainer, images, labels, epoch):
-    """Scores of the student on val with this epoch's rates; keeps the cluster -> class assignment."""
-    trainer.network.eval()
-    clusters = partial(segment, trainer.network, rates_of(trainer.args, epoch))
-    result = scores(confusion_of(trainer, images, labels, clusters))
-    trainer.network.train()
+    """Scores on val, with this epoch's rates, of the student and, once it takes part, of the teacher.
+
+    Keeps the student's cluster -> class assignment.
+    """
+    network = trainer.network.eval()
+    heads = [network.student] + [network.teacher] * (teacher_age(trainer.args, epoch) is not None)
+    clusters = partial(segment, network, rates_of(trainer.args, epoch), heads=heads)
+    result, *teacher = map(scores, confusion_of(trainer, images, labels, clusters, len(heads)))
+    network.train()
     trainer.assignment = result["assignment"].tolist()
-    return {name: result[name] for name in ("miou", "accuracy", "clusters", "entropy")}
+    return ({name: result[name] for name in ("miou", "accuracy", "clusters", "entropy")}
+            | {f"teacher_{name}": found[name] for found in teacher for name in ("miou", "accuracy")})
 
 
 def score_cam(trainer, cams, labels):
     """Scores of the coarse labels themselves, on val; prints them, and those of the trivial answer."""
-    def clusters(maps, size):                             # (b, K, h, w) -> (b, *size)
+    def clusters(maps, size):                             # (b, K, h, w) -> (1, b, *size)
         maps = torch.from_numpy(maps).to(trainer.device).float()
         masks = with_background(maps, trainer.args.threshold) if trainer.source.background else maps
-        return F.interpolate(masks, size=size, mode="bilinear").argmax(1)
+        return F.interpolate(masks, size=size, mode="bilinear").argmax(1)[None]
 
-    total = confusion_of(trainer, cams, labels, clusters)
+    total = confusion_of(trainer, cams, labels, clusters)[0]
     trivial = torch.zeros_like(total)
     trivial[:, 0] = total.sum(1)                          # all pixels predicted as one cluster
     coarse, trivial = scores(total), scores(trivial)
@@ -712,9 +719,7 @@ def lock_folder(out):
 
 def start_processes(device):
     """Join the processes that torchrun started (nccl on GPUs, gloo on CPUs); returns this one's device."""
-    cuda = device == "cuda" or device == "auto" and torch.cuda.is_available()
-    if cuda and not torch.cuda.is_available():
-        raise UserError("--device cuda: this machine shows no GPU to torch; use --device cpu")
+    cuda = available(device) == "cuda"
     if cuda and LOCAL_RANK >= torch.cuda.device_count():
         raise UserError(f"process {LOCAL_RANK} of this machine has no GPU of its own "
                         f"({torch.cuda.device_count()} here): lower --nproc_per_node")
@@ -827,8 +832,11 @@ OPTIONS = {
                   "auto: bf16 on a GPU that has it; CAM, PAR and losses stay fp32"),
     "aspp": (("dynamic", "static", "none"), None, None,
              "dynamic: Table 1's rates by epoch; static: DeepLabV3+'s in every epoch"),
+    "aspp_scale": (float, (0, 1e6), "X", "factor of what ASPP adds to the tokens; the paper names none"),
     "par": ([int], (1, 1024), "PIXELS", "dilations of PAR; AFA's are 1 2 4 8 12 24. With no number there "
             "is no PAR: pseudo labels are only enlarged"),
+    "coarse": (("hard", "soft"), None, None, "what PAR gets while CAM is alone: hard: 1 for the class of a "
+               "patch and 0 for others; soft: CAM"),
     "teacher": (("ema", "reset", "none"), None, None,
                 "ema: moving average; reset: TransFGU's copy and reset; none: CAM alone"),
     "teacher_weight": (float, (0, 1), "X", "share of the teacher in the pseudo label"),
