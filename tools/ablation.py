@@ -1,6 +1,6 @@
 """Table 4: what every module is worth, and rows that nobody has published.
 
-    python tools/ablation.py                              # `shapes`, three seeds of every row
+    python tools/ablation.py                              # `shapes`, seeds 0 to 7 of every row
     python tools/ablation.py --data voc --backbone vits16 -- --root /data --accumulate 4
     python tools/ablation.py --rows baseline all --seeds 0 -- --epochs 2
 
@@ -10,9 +10,11 @@ go to every train.py.
 
 In the table, mean ± standard deviation over the seeds: mIoU and accuracy of the last epoch; mIoU of the best
 epoch, chosen on val by the sum of both, as the peers do, and therefore too high; and the first epoch whose
-mIoU is above the best epoch of the same seed's baseline. With `shapes` another seed also means other scenes,
-some of them harder. Rows are therefore also compared seed by seed: mean ± standard deviation of the last
-mIoU minus that of the same seed's baseline (rows that add to it, and `all`) or of its `all` (the rest).
+mIoU is above the best epoch of the same seed's baseline: the mean, if there is one for every seed. With
+`shapes` another seed also means other scenes, some of them harder. Rows are therefore also compared seed by
+seed: the last mIoU minus that of the same seed's baseline (rows that add to it, and `all`) or of its `all`
+(the rest), as mean ± standard error of the mean. About one in twenty rows that change nothing will show a
+difference of more than two standard errors.
 """
 
 import argparse
@@ -36,10 +38,14 @@ ROWS = {
     "aspp": ("+ ASPP", " ✓ ", "NO_SEG --par"),
     "par": ("+ PAR", "  ✓", "NO_SEG --aspp none"),
     "all": ("all (DMSA)", "✓✓✓", ""),
+    "paper": ("the first row, TransFGU's teacher and fusion", "   ",
+              "NO_SEG --aspp none --par --teacher reset --teacher-weight 0.5"),
     "no-seg": ("all, without L_seg", " ✓✓", "NO_SEG"),
     "no-aspp": ("all, without ASPP", "✓ ✓", "--aspp none"),
     "no-par": ("all, without PAR", "✓✓ ", "--par"),
     "static": ("all, DeepLabV3+'s rates in every epoch", "✓✓✓", "--aspp static"),
+    "unscaled": ("all, ASPP added in full", "✓✓✓", "--aspp-scale 1"),
+    "soft": ("all, CAM itself before PAR", "✓✓✓", "--coarse soft"),
     "afa": ("all, PAR with AFA's dilations", "✓✓✓", "--par 1 2 4 8 12 24"),
     "no-teacher": ("all, without a teacher", "✓✓✓", "--teacher none"),
     "transfgu": ("TransFGU", "   ", "--preset transfgu"),
@@ -78,30 +84,31 @@ def best(records):
     return max(records, key=lambda r: r["miou"] + r["accuracy"])
 
 
-def spread(values, sign=""):
-    """Mean ± standard deviation; one value as it is. sign "+": also of what is positive."""
+def spread(values, sign="", n=1):
+    """Mean ± standard deviation / √n; one value as it is. sign "+": also of what is positive."""
     mean = f"{statistics.mean(values):{sign}.2f}"
-    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
+    return f"{mean} ± {statistics.stdev(values) / n ** 0.5:.2f}" if len(values) > 1 else mean
 
 
 def passes(runs, baseline):
-    """The epoch in which mIoU first is above the best of the seed's baseline: mean, and how many seeds do."""
+    """The epoch in which mIoU first is above the best of the seed's baseline: mean, or how many seeds do."""
     both, reached = [seed for seed in runs if seed in baseline], []
     for seed in both:
         goal = best(baseline[seed])["miou"]
         reached += [r["epoch"] for r in runs[seed] if r["miou"] > goal][:1]
     if not reached:
         return "never" if both else "–"
-    share = f" ({len(reached)} of {len(both)} seeds)" if len(reached) < len(both) else ""
-    return f"{statistics.mean(reached):.1f}{share}"
+    if len(reached) < len(both):                          # a mean of the seeds that do would look too good
+        return f"{len(reached)} of {len(both)} seeds"
+    return f"{statistics.mean(reached):.1f}"
 
 
 def against(row, found):
-    """The last mIoU minus the reference row's, mean ± standard deviation over the seeds that both have."""
+    """The last mIoU minus the reference row's, mean ± standard error over the seeds that both have."""
     name = "baseline" if row in ("seg", "aspp", "par", "all") else "all"
     runs, other = found[row], found.get(name, {})
     values = [runs[seed][-1]["miou"] - other[seed][-1]["miou"] for seed in runs if seed in other]
-    return f"{spread(values, '+')} to {name}" if values else "–"
+    return f"{spread(values, '+', len(values))} to {name}" if values else "–"
 
 
 def table(found, paper):
@@ -132,8 +139,8 @@ def main():
     p.add_argument("--data", choices=[n for n in data.NAMES if n != "folder"], default="shapes",
                    help="data set with labels (default: shapes)")
     p.add_argument("--backbone", choices=tuple(BACKBONES), help="pretrained ViT (default: by --data)")
-    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N",
-                   help="a run of each row for each (default: 0 1 2)")
+    p.add_argument("--seeds", type=int, nargs="+", default=list(range(8)), metavar="N",
+                   help="a run of each row for each (default: 0 to 7)")
     p.add_argument("--rows", choices=tuple(ROWS), nargs="+", default=list(ROWS), metavar="ROW",
                    help=f"of: {', '.join(ROWS)} (default: all of them)")
     p.add_argument("--out", default="runs/ablation", metavar="DIR",

@@ -1,19 +1,22 @@
 """PAR on real photographs: which dilations restore a coarse mask best at the training size.
 
-    python tools/par_on_photos.py --root data             # 24 images of VOC val, ten seconds on a CPU
-    python tools/par_on_photos.py --root data --limit 1449   # the whole of val
+    python tools/par_on_photos.py --root data             # all of VOC val
+    python tools/par_on_photos.py --root data --limit 80  # its first 80 images, a minute on a CPU
 
 Protocol. Image and label are squashed to 160 x 160 (label: nearest). The true mask, one channel for each
 class that the label shows, is averaged over 8 x 8 pixels to the 20 x 20 cells of a ViT of patch 8, spoiled
 or not, and restored to 160 x 160. Void pixels belong to no channel and are not scored. The score is the IoU
-of the arg max, mean over the classes of the image, then over images, in percent. Three coarse masks:
+of the arg max, mean over the classes of the image, then over images, in percent, ± the standard error of that
+mean. Three coarse masks:
 
     clean, soft    the averages themselves
     20 % wrong     a fifth of the cells, drawn from --seed and the image's number, get another class of the
                    image, one-hot: not the one that leads there. An image of one class stays clean
     blurred        each cell the mean of the 5 x 5 around it, fewer at the border
 
-`bilinear` only enlarges the mask, as training does with --par and no number.
+`bilinear` only enlarges the mask, as training does with --par and no number. PAR enlarges it with aligned
+corners before its first iteration, as AFA's does; the columns "not aligned" enlarge it without. The last two
+columns are AFA's rates minus 1,2,4,8, image by image.
 """
 
 import argparse
@@ -33,13 +36,23 @@ SIZE, CELLS = 160, 20                                     # pixels, and cells, o
 WRONG, BLUR = 0.2, 5                                      # share of the cells; cells of a side
 COARSE = ("clean, soft", f"{100 * WRONG:.0f} % of the cells given another class of the image",
           f"blurred over {BLUR}×{BLUR} cells")
+AFA, OURS = PAR(DILATIONS, 10), PAR((1, 2, 4, 8), 10)
+
+
+def bilinear(image, masks):
+    return F.interpolate(masks, size=image.shape[2:], mode="bilinear")
+
+
 RESTORED = {
-    "bilinear": lambda image, masks: F.interpolate(masks, size=image.shape[2:], mode="bilinear"),
-    "AFA: 1,2,4,8,12,24 ×10": PAR(DILATIONS, 10),
-    "1,2,4,8 ×10": PAR((1, 2, 4, 8), 10),
+    "bilinear": bilinear,
+    "AFA: 1,2,4,8,12,24 ×10": AFA,
+    "1,2,4,8 ×10": OURS,
     "1,2,4 ×10": PAR((1, 2, 4), 10),
     "1,2,4,8,12,24 ×3": PAR(DILATIONS, 3),
+    "AFA, not aligned": lambda image, masks: AFA(image, bilinear(image, masks)),
+    "1,2,4,8 ×10, not aligned": lambda image, masks: OURS(image, bilinear(image, masks)),
 }
+DIFFERENCES = {"AFA − 1,2,4,8": (1, 2), "not aligned": (5, 6)}                    # columns of RESTORED
 
 
 def coarse_masks(label, classes, rng):
@@ -69,7 +82,8 @@ def miou(label, prediction, n):
 def main():
     p = argparse.ArgumentParser(description="PAR on true masks made coarse, on photographs in VOC's layout.")
     p.add_argument("--root", default="data", help="folder with VOCdevkit/VOC2012 (default: data)")
-    p.add_argument("--limit", type=int, default=24, metavar="N", help="first N images of val (default: 24)")
+    p.add_argument("--limit", type=int, default=1449, metavar="N",
+                   help="first N images of val (default: 1449, all)")
     p.add_argument("--seed", type=int, default=0, help="of the wrong cells (default: 0)")
     args = p.parse_args()
     if args.limit < 1:
@@ -98,10 +112,13 @@ def main():
         sys.exit(data.report(error))
     print(f"{len(found)} images of val at {SIZE}×{SIZE}, masks from {CELLS}×{CELLS}, mIoU over the classes "
           f"of each image, seed {args.seed}\n")
-    print("| coarse mask |", " | ".join(RESTORED), "|")
-    print("|---" * (1 + len(RESTORED)) + "|")
-    for name, values in zip(COARSE, np.mean(found, axis=0).T):
-        print(f"| {name} |", " | ".join(f"{v:.1f}" for v in values), "|")
+    print("| coarse mask |", " | ".join([*RESTORED, *DIFFERENCES]), "|")
+    print("|---" * (1 + len(RESTORED) + len(DIFFERENCES)) + "|")
+    for k, name in enumerate(COARSE):
+        values = np.array(found)[:, :, k]                 # (images, columns)
+        values = [*values.T, *(values[:, a] - values[:, b] for a, b in DIFFERENCES.values())]
+        cells = [f"{v.mean():.1f} ± {v.std(ddof=1) / len(v) ** 0.5:.1f}" for v in values]
+        print(f"| {name} |", " | ".join(cells), "|")
 
 
 if __name__ == "__main__":
