@@ -18,6 +18,7 @@ import argparse
 import json
 import signal
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -168,6 +169,26 @@ def groups(n, rank=0, world=1):
     # sliced, not padded to equal shares as DistributedSampler does: no image counts twice
     starts = list(range(0, n, GROUP))[rank::world]
     return [range(start, min(start + GROUP, n)) for start in starts]
+
+
+class Progress:
+    """Says how far a stage is and how long it will take: on a terminal each second, else each half minute.
+
+    Called with the number of steps that are done, of `total`. A terminal shows the last line only.
+    """
+
+    def __init__(self, stage, total):
+        self.stage, self.total, self.start = stage, total, time.time()
+        self.told = self.start
+
+    def __call__(self, done):
+        now, terminal = time.time(), sys.stdout.isatty()
+        if done == self.total:
+            print(end="\x1b[K" if terminal else "", flush=True)               # clears the line
+        elif now - self.told > (1 if terminal else 30):
+            self.told, left = now, (now - self.start) / done * (self.total - done)
+            print(f"{self.stage} {done} of {self.total}, {now - self.start:.0f} s, about {left:.0f} s left",
+                  end="\x1b[K\r" if terminal else "\n", flush=True)
 
 
 def evaluate(labelled, predict, n, heads=1):
@@ -410,7 +431,9 @@ def predict(network, checkpoint, args):
             raise UserError(f"{file}: named like {other}, and so would their masks be; rename one")
     out, shares = out_folder(args, *args.predict), {}
     page([], ["legend", *[""] * 5], names).save(out / "legend.png")
-    for name, i in number_of.items():
+    progress = Progress("masks: photograph", len(number_of))
+    for count, (name, i) in enumerate(number_of.items(), 1):
+        progress(count)
         try:
             image = found.image(i)
         except UserError as error:                        # the others are still worth having
