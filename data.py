@@ -148,7 +148,8 @@ def to_float(image, device=None):
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff")
 LEFT_OUT = (".heic", ".heif", ".hif", ".avif", ".gif")    # of these `Folder` tells that it leaves them out
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF")          # not EPS, say, which would be run as a program
-MOST_PIXELS = 89_478_485                                  # 0.3 GB decoded; JPEGs may have four times as many
+MOST_PIXELS = 89_478_485                                  # 0.3 GB decoded; JPEGs may have four times as many,
+REDUCED = 8192 * 6144                                     # but of more than this they are reduced on the way
 TURNS = dict(zip(range(2, 9), (                           # of each EXIF orientation; 1: not turned
     Image.FLIP_LEFT_RIGHT, Image.ROTATE_180, Image.FLIP_TOP_BOTTOM, Image.TRANSPOSE,
     Image.ROTATE_270, Image.TRANSVERSE, Image.ROTATE_90)))
@@ -164,8 +165,7 @@ def opened(path, what="image"):
         if not stat.S_ISREG(os.stat(path).st_mode):       # a pipe would never end
             raise UserError(f"{path}: a folder, pipe or device, not a file; rename or remove it")
         with Image.open(path, formats=FORMATS) as image:
-            halved = what == "image" and isinstance(image, JpegImageFile)         # by `open_image`
-            if image.width * image.height > MOST_PIXELS and not halved:
+            if image.width * image.height > MOST_PIXELS and not isinstance(image, JpegImageFile):
                 raise UserError(f"{path}: {image.width} x {image.height} pixels are too many for one {what}; "
                                 "shrink it")
             yield image
@@ -193,12 +193,12 @@ def open_image(path, upright=False, least=None):
     upright   turn it as its EXIF says: right for one's own photographs, wrong for data sets whose masks are
               not turned
     least     pixels a side that are enough: a picture that has several times as many is reduced so often,
-              a JPEG while it is decoded. A JPEG of more than MOST_PIXELS is halved in any case
+              a JPEG while it is decoded. A JPEG of more than REDUCED pixels is halved or quartered anyway
     """
     with opened(path) as image:
-        halved, is_16_bit = image.width * image.height > MOST_PIXELS, ";16" in str(image.tile[:1])
-        if least or halved:                               # does nothing to other files
-            image.draft(None, [min(side // (1 + halved), least or side) for side in image.size])
+        is_16_bit = ";16" in str(image.tile[:1])
+        scale = 2 ** max(0, math.ceil(math.log(image.width * image.height / REDUCED, 4)))
+        image.draft(None, [min(side // scale, least or side) for side in image.size])             # JPEG alone
         image.load()                                      # Pillow turns TIFF by itself here
         turn = TURNS.get(orientation(image)) if upright else None
         unknown = UserError(f"{path}: which of its values is white is not known; make it an 8-bit image")
