@@ -21,11 +21,12 @@ import hashlib
 import json
 import math
 import os
+import re
 import secrets
 import stat
 import sys
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -34,6 +35,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
 VOID = 255                                                # label of pixels that belong to no class
 
@@ -143,14 +145,17 @@ def to_float(image, device=None):
 # ----------------------------------------------------------------------------
 # Reading files
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff")
+LEFT_OUT = (".heic", ".heif", ".hif", ".avif", ".gif")    # of these `Folder` tells that it leaves them out
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF")          # not EPS, say, which would be run as a program
-MOST_PIXELS = 89_478_485                                  # 0.3 GB decoded; up to twice that Pillow only warns
+MOST_PIXELS = 89_478_485                                  # 0.3 GB decoded; JPEGs may have four times as many,
+REDUCED = 8192 * 6144                                     # but of more than this they are reduced on the way
 TURNS = dict(zip(range(2, 9), (                           # of each EXIF orientation; 1: not turned
     Image.FLIP_LEFT_RIGHT, Image.ROTATE_180, Image.FLIP_TOP_BOTTOM, Image.TRANSPOSE,
     Image.ROTATE_270, Image.TRANSVERSE, Image.ROTATE_90)))
 
 warnings.filterwarnings("ignore", module="PIL")           # unusable files are refused here, in one line
+Image.MAX_IMAGE_PIXELS = 2 * MOST_PIXELS                  # of more than twice that Pillow reads nothing
 
 
 @contextlib.contextmanager
@@ -160,7 +165,7 @@ def opened(path, what="image"):
         if not stat.S_ISREG(os.stat(path).st_mode):       # a pipe would never end
             raise UserError(f"{path}: a folder, pipe or device, not a file; rename or remove it")
         with Image.open(path, formats=FORMATS) as image:
-            if image.width * image.height > MOST_PIXELS:
+            if image.width * image.height > MOST_PIXELS and not isinstance(image, JpegImageFile):
                 raise UserError(f"{path}: {image.width} x {image.height} pixels are too many for one {what}; "
                                 "shrink it")
             yield image
@@ -173,39 +178,57 @@ def opened(path, what="image"):
                         "get it again or leave it out") from None
 
 
-def turned(image):
-    """The picture turned as its EXIF says; one whose EXIF cannot be read is left as it is."""
-    image.load()                                          # Pillow turns TIFF by itself here
+def orientation(image):
+    """1 to 8 as EXIF has it, the keys of TURNS; 1, not turned, where that cannot be read."""
     try:
-        orientation = image.getexif().get(0x112)
+        found = image.getexif().get(0x112)
+        return found if found in TURNS else 1
     except Exception:                                     # broken EXIF raises a dozen kinds, too
-        return image
-    return image.transpose(TURNS[orientation]) if orientation in TURNS else image
+        return 1
 
 
-def open_image(path, upright=False):
+def open_image(path, upright=False, least=None):
     """Decode any image to RGB: uint8 (H, W, 3). Raises UserError naming the file.
 
     upright   turn it as its EXIF says: right for one's own photographs, wrong for data sets whose masks are
               not turned
+    least     pixels a side that are enough: a picture that has several times as many is reduced so often,
+              a JPEG while it is decoded. A JPEG of more than REDUCED pixels is halved or quartered anyway
     """
     with opened(path) as image:
-        if upright:
-            image = turned(image)
+        is_16_bit = ";16" in str(image.tile[:1])
+        scale = 2 ** max(0, math.ceil(math.log(image.width * image.height / REDUCED, 4)))
+        image.draft(None, [min(side // scale, least or side) for side in image.size])             # JPEG alone
+        image.load()                                      # Pillow turns TIFF by itself here
+        turn = TURNS.get(orientation(image)) if upright else None
+        unknown = UserError(f"{path}: which of its values is white is not known; make it an 8-bit image")
         if image.mode[0] in "IF":                         # 16-bit grey, 32-bit integers or floats
             values = np.asarray(image)
-            # 12-bit cameras store 0..4095 in 16 bits: the file does not say if 4095 is white or nearly black
-            if image.mode == "F" or values.min() < 0 or not 4096 <= values.max() <= 65535:
-                raise UserError(f"{path}: its values go from {values.min()} to {values.max()}, and which of "
-                                "them is white is not known; make it an 8-bit image")
-            image = Image.fromarray((values >> 8).astype(np.uint8))
-        return np.array(image.convert("RGB"))
+            if image.mode == "F" or not 0 <= values.min() <= values.max() < 2 ** 16:
+                raise unknown
+            image, is_16_bit = Image.fromarray((values >> 8).astype(np.uint8)), True
+        if image.mode != "RGB":
+            image = image.convert("RGB")
+        # cameras store 12 or 14 bits in 16, and the file does not say if 4095 is white or nearly black
+        if is_16_bit and max(high for _, high in image.getextrema()) < 2 ** 14 >> 8:
+            raise unknown
+        if least:
+            image = image.reduce(max(1, min(image.size) // least))
+        return np.array(image if turn is None else image.transpose(turn))
 
 
-def open_label(path, n_values=256, colours=None):
+def upright_size(path):
+    """(W, H) of the whole photograph, which `open_image` may reduce. Decodes it only if it is no JPEG."""
+    with opened(path) as image:
+        if not isinstance(image, JpegImageFile):
+            image.load()
+        return image.size[::-1] if orientation(image) > 4 else image.size
+
+
+def open_label(path, n_values=256, colours=None, gaps=()):
     """Decode a palette or grey PNG of class indices: uint8 (H, W), 255 void.
 
-    n_values  larger values (but 255) are an error
+    n_values  larger values (but 255) are an error; gaps: smaller ones that are
     colours   (256, 3) uint8. If given, a value that is used must have this colour, or the grey of its number,
               in the file's palette: a program that sorts palettes anew gives the classes other numbers
     Raises UserError naming the file.
@@ -216,11 +239,11 @@ def open_label(path, n_values=256, colours=None):
                             "make it an 8-bit palette or grey PNG of class indices")
         label, used = np.array(image), np.unique(image)
         given = np.array(image.getpalette() or []).reshape(-1, 3)                 # may be shorter than 256
-    unknown = used[(used >= n_values) & (used != VOID)]
+    unknown = used[(used >= n_values) & (used != VOID) | np.isin(used, gaps)]
     if unknown.size:
-        raise UserError(f"{path}: label value {unknown[0]}, but this data set has only {n_values} values and "
-                        "255; correct the file, or choose another data set")
-    for value in used[used < len(given)] if colours is not None else ():
+        raise UserError(f"{path}: label value {unknown[0]} is not in use in this data set, which counts "
+                        f"{n_values} values from 0, and 255; correct the file, or choose another data set")
+    for value in used[used < min(len(given), VOID)] if colours is not None else ():
         colour, known = given[value].tolist(), colours[value].tolist()
         if colour not in (known, [value] * 3):
             raise UserError(f"{path}: its palette shows label value {value} in colour {colour}, which is "
@@ -228,13 +251,16 @@ def open_label(path, n_values=256, colours=None):
     return label
 
 
-def squash(image, size, mode="bilinear"):
+def squash(image, size, mode="bilinear", antialias=False):
     """uint8 (H, W[, 3]) -> uint8 (size, size[, 3]), aspect ignored.
 
-    Bilinear without antialiasing, or nearest (TransFGU).
+    Bilinear without antialiasing, or nearest (TransFGU). `antialias`: of what is shrunk more than twice, for
+    photographs of one's own.
     """
     if image.dtype != np.uint8:
         raise ValueError(f"image is {image.dtype}: uint8 expected")
+    if antialias and max(image.shape[:2]) > 2 * size:
+        return np.array(Image.fromarray(image).resize((size, size), Image.BILINEAR))
     x = torch.from_numpy(np.ascontiguousarray(image))
     x = x.permute(2, 0, 1)[None].float() if x.ndim == 3 else x[None, None].float()
     x = F.interpolate(x, size=(size, size), mode=mode)[0]
@@ -313,10 +339,10 @@ class Dataset:
     things, stuff   how many clusters are either, which are found separately
     background             class 0 is background, no cluster
     upright                images are turned as their EXIF says
-    table, n_values, colours    class of each value in the label files; see `open_label` for the other two
+    table, n_values, colours, gaps    class of each value in the label files; for the others see `open_label`
     """
     stuff, background, upright = 0, True, False
-    table, n_values, colours = np.arange(256, dtype=np.uint8), 256, None
+    table, n_values, colours, gaps = np.arange(256, dtype=np.uint8), 256, None, ()
 
     def __len__(self):
         return len(self.ids)
@@ -329,16 +355,22 @@ class Dataset:
         """uint8 (H, W, 3). Raises UserError naming the file."""
         return open_image(self.images[i], self.upright)
 
+    def squashed(self, i, size):
+        """The image as uint8 (size, size, 3); a photograph of one's own is antialiased. Raises UserError."""
+        if not self.upright:
+            return squash(self.image(i), size)
+        return squash(open_image(self.images[i], True, least=2 * size), size, antialias=True)
+
     def label(self, i):
         """uint8 (H, W), 255 void; None without labels. Raises UserError, also if not of its image's size."""
         if not self.labels:
             return None
-        label = open_label(self.labels[i], self.n_values, self.colours)
+        label = open_label(self.labels[i], self.n_values, self.colours, self.gaps)
         with opened(self.images[i]) as image:
             if image.size != label.shape[::-1]:
+                mend = "its EXIF turns it: save it turned" if orientation(image) > 1 else "get the pair again"
                 raise UserError(f"{self.labels[i]}: this label is {label.shape[1]} x {label.shape[0]}, "
-                                f"its image {image.width} x {image.height}; "
-                                "get the pair again or leave it out")
+                                f"its image {image.width} x {image.height}; {mend} or leave it out")
         return self.table[label]
 
 
@@ -364,15 +396,21 @@ class VOC(Dataset):
         file = base / "ImageSets" / "Segmentation" / f"{'train_aug' if aug else split}.txt"
         if not file.is_file():
             raise UserError(f"{file}: no such list; {advice}")
-        lines = file.read_text("utf-8-sig", errors="replace").splitlines()
-        # DeepLab's lists have "/JPEGImages/ID.jpg /SegmentationClassAug/ID.png", others a flag after the ID
-        self.ids = [Path(line.split()[0]).name.removesuffix(".jpg") for line in lines if line.strip()]
+        images = first_folder(base, ("JPEGImages",), advice)
+        # UTF-16, as Windows writes it; UTF-8; or other bytes, those of the file's name or Latin-1
+        content, self.ids = file.read_bytes(), []
+        how = ("utf-16", "replace") if b"\0" in content else ("utf-8-sig", "surrogateescape")
+        for line in filter(str.strip, content.decode(*how).splitlines()):
+            # DeepLab's have "/JPEGImages/ID.jpg /SegmentationClassAug/ID.png", others a flag after the ID
+            whole = re.split(r"\.(?:jpe?g|png)(?:\s|$)", line.strip(), flags=re.I)[0].rpartition("/")[2]
+            latin = whole.encode("utf-8", "surrogateescape").decode("latin-1")
+            names = whole, latin, *whole.split()[:1]      # the last is told if there is no such file
+            self.ids.append(next((n for n in names if (images / f"{n}.jpg").exists()), names[-1]))
         if not self.ids:
             raise UserError(f"{file}: an empty list; {advice}")
         name, times = Counter(self.ids).most_common(1)[0]
         if times > 1:
             raise UserError(f"{file}: {name} is listed twice; take one out")
-        images = first_folder(base, ("JPEGImages",), advice)
         labels = first_folder(base, ("SegmentationClassAug" if aug else "SegmentationClass",), advice)
         self.images = [images / f"{i}.jpg" for i in self.ids]
         self.labels = [labels / f"{i}.png" for i in self.ids]
@@ -386,7 +424,8 @@ class COCO(Dataset):
     all maps are read once; the list is kept in `cache`, a folder, if given. An image whose map cannot be read
     is a sample, so that it is named when it is used, not dropped; such a list is not kept.
     """
-    n_values = COCO_VALUES
+    n_values, colours = COCO_VALUES, np.arange(256)[:, None].repeat(3, 1)         # the maps are grey
+    gaps = [raw for raw, name in enumerate(COCO_THINGS) if name == "-"]           # but category ids use them
 
     def __init__(self, root="data", split="train", kind="coco80", cache=None):
         advice = f"get it with: python tools/get_data.py {kind} --root {root}"
@@ -428,8 +467,9 @@ class COCO(Dataset):
 class Folder(Dataset):
     """Any images, without labels; `n_classes` things and a background.
 
-    root      a folder, an image, or a list of these. Subfolders are searched, links to folders are not, nor
-              is what starts with a dot, or the thumbnails of a Synology NAS. ids are relative to their root
+    root      a folder, an image, or a list of these. Subfolders are searched, but for what starts with a dot
+              and Synology's thumbnails. Links to folders, folders of thumbnails, and photographs of LEFT_OUT
+              are left out, too, in a line on stderr for each kind. ids are relative to their root
     """
     upright = True
 
@@ -446,10 +486,20 @@ class Folder(Dataset):
             if not root.exists():
                 raise UserError(f"{root}: no such file or folder; correct the path")
             found, base = ([root], root.parent) if root.is_file() else ([], root)
+            left_out = defaultdict(list)                  # names by kind
             for folder, below, files in os.walk(root, onerror=refuse) if root.is_dir() else ():
                 below[:] = sorted(f for f in below if not f.startswith(".") and f != "@eaDir")
-                found += [Path(folder) / f for f in sorted(files)
-                          if f.lower().endswith(SUFFIXES) and not f.startswith(".")]
+                left_out["linked folders"] += [f for f in below if os.path.islink(os.path.join(folder, f))]
+                thumbnails = [f for f in below if f.lower() in ("thumbnails", "thumbs")]
+                left_out["folders of thumbnails"] += thumbnails
+                below[:] = [f for f in below if f not in thumbnails]
+                files = sorted(f for f in files if not f.startswith("."))
+                for suffix in LEFT_OUT:
+                    left_out[f"{suffix} files"] += [f for f in files if f.lower().endswith(suffix)]
+                found += [Path(folder) / f for f in files if f.lower().endswith(SUFFIXES)]
+            for kind, names in left_out.items():
+                if names and os.environ.get("RANK", "0") == "0":                  # one process tells
+                    report(f"{root}: {len(names)} {kind} left out, first {', '.join(names[:3])}")
             if not found:
                 raise UserError(f"{root}: no images here; give a folder with any of {' '.join(SUFFIXES)}")
             self.ids += [str(file.relative_to(base).with_suffix("")) for file in found]

@@ -225,7 +225,7 @@ def segment_photograph(network, image, checkpoint, native=False, **how):
     if native:
         seen = whole_patches(image, network.vit.patch_size)
     else:
-        seen = data.squash(image, checkpoint["args"]["size"])
+        seen = data.squash(image, checkpoint["args"]["size"], antialias=True)
     clusters = segment(network, checkpoint["rates"], seen[None], reduced(image), **how)[0, 0].cpu().numpy()
     mask = np.array(checkpoint["assignment"], np.uint8)[clusters]
     return np.array(Image.fromarray(mask).resize(image.shape[1::-1], Image.NEAREST))
@@ -441,7 +441,7 @@ def predict(network, checkpoint, args):
             continue
         mask = segment_photograph(network, image, checkpoint, args.native, **args.how)            # (H, W)
         (out / name).parent.mkdir(parents=True, exist_ok=True)
-        picture = Image.fromarray(mask)
+        picture = Image.fromarray(mask).resize(data.upright_size(found.images[i]), Image.NEAREST)
         picture.putpalette(colours.flatten().tolist())    # the file holds class indices, viewers show colours
         picture.save(out / f"{name}_mask.png")
         overlay = Image.blend(Image.fromarray(image), Image.fromarray(colours[mask]), 0.5)
@@ -481,10 +481,10 @@ def compare(network, checkpoint, args):
 def explain(network, checkpoint, args):
     """--explain: every stage of Fig. 2 for one photograph; CAM maps of the five largest clusters."""
     colours, assignment, names = data.palette(), np.array(checkpoint["assignment"]), checkpoint["names"]
-    image = data.squash(data.open_image(args.explain, upright=True), checkpoint["args"]["size"])
+    size = checkpoint["args"]["size"]
+    image = data.squash(data.open_image(args.explain, True, least=2 * size), size, antialias=True)
     found = stages(network, checkpoint, image[None])
-    # clusters count from 0, classes from the background
-    size, first = image.shape[0], int(checkpoint["background"])
+    first = int(checkpoint["background"])                 # clusters count from 0, classes from the background
     K = found.maps.shape[1]
     largest = np.bincount(found.coarse.flatten(), minlength=first + K)[first:].argsort()[::-1][:5]
     top = [image, grey(found.attention[0], size)]

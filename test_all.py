@@ -765,10 +765,17 @@ def test_voc_loads_from_every_accepted_root_and_by_lists_of_other_makers(tmp_pat
     assert (len(aug), len(data.dataset("voc-aug", tmp_path, "val"))) == (3, 1)
     assert train.image(1).shape == (10, 13, 3) and (train.label(1) == 1).all() and (aug.label(1) == 6).all()
     assert (data.dataset("voc-aug", tmp_path, "val").label(0) == 2).all()         # val has no augmented masks
-    for line in ("/JPEGImages/{0}.jpg /SegmentationClassAug/{0}.png", "{}  1", "{}\r"):
-        (base / "ImageSets/Segmentation/train.txt").write_text(
-            "\ufeff" + "\n".join(line.format(i) for i in train.ids), "utf-8")
-        assert data.VOC(tmp_path).ids == train.ids
+    for line in ("/JPEGImages/{0}.jpg /SegmentationClassAug/{0}.png", "{}  1", "{}\r", " {}.JPG ", "{}.png"):
+        for encoding in ("utf-8-sig", "utf-16", "utf-16-le"):
+            (base / "ImageSets/Segmentation/train.txt").write_text(
+                "\n".join(line.format(i) for i in train.ids), encoding)
+            assert data.VOC(tmp_path).ids == train.ids
+    for name, content in (("my café", "my café.JPG".encode("latin-1")), ("a.b c", b"a.b c\n"),
+                          ("d e", b"JPEGImages/d e.jpg SegmentationClass/d e.png"),
+                          (os.fsdecode(b"caf\xe9"), b"caf\xe9 -1")):
+        shutil.copy(base / "JPEGImages/2007_000000.jpg", base / f"JPEGImages/{name}.jpg")
+        (base / "ImageSets/Segmentation/train.txt").write_bytes(content)
+        assert data.VOC(tmp_path).ids == [name]
     train.limit(1)
     assert len(train) == len(train.images) == len(train.labels) == 1
 
@@ -855,8 +862,16 @@ def test_labels_are_palette_or_grey_files_of_known_indices_and_others_are_named(
         refused(lambda: data.open_label(file), file, "palette or grey PNG")
     save(make_coco(tmp_path, {"a": 3}) / "annotations/train2017/a.png",
          np.where(np.eye(8, 9), 182, 3).astype(np.uint8))                         # COCO's ids end at 181
-    for kind in ("coco80", "cocostuff27"):
-        refused(lambda: data.COCO(tmp_path, kind=kind).label(0), "a.png", "label value 182")
+    for value in (182, 67):                               # dining table is category 67, and 66 here
+        values = np.where(np.eye(8, 9), value, 3).astype(np.uint8)
+        file = save(tmp_path / "annotations/train2017/a.png", values)
+        for kind in ("coco80", "cocostuff27"):
+            refused(lambda: data.COCO(tmp_path, kind=kind).label(0), file, f"label value {value}", "from 0")
+    grey = np.arange(256).repeat(3).reshape(256, 3)
+    save(file, np.full((8, 9), 3, np.uint8), grey)
+    assert (data.COCO(tmp_path).label(0) == 4).all()
+    save(file, np.full((8, 9), 3, np.uint8), data.palette())
+    refused(lambda: data.COCO(tmp_path).label(0), file, "palette shows label value 3 in colour [128, 128, 0]")
 
 
 def test_a_voc_mask_whose_palette_was_sorted_anew_is_refused(tmp_path):
@@ -879,6 +894,10 @@ def test_a_label_of_another_size_than_its_image_is_named_and_a_broken_image_by_i
     base = make_voc(tmp_path)
     file = save(base / "SegmentationClass/2007_000000.png", np.zeros((12, 10), np.uint8))
     refused(lambda: data.VOC(tmp_path).label(0), file, "10 x 12", "12 x 10")
+    exif = Image.Exif()
+    exif[0x112] = 6                                       # a viewer shows it as tall as the label
+    save(base / "JPEGImages/2007_000000.jpg", ("RGB", (12, 10), 0), exif=exif)
+    refused(lambda: data.VOC(tmp_path).label(0), file, "10 x 12", "12 x 10", "its EXIF turns it")
     (base / "JPEGImages/2007_000001.jpg").unlink()
     refused(lambda: data.VOC(tmp_path).label(1), base / "JPEGImages/2007_000001.jpg")
 
@@ -886,8 +905,20 @@ def test_a_label_of_another_size_than_its_image_is_named_and_a_broken_image_by_i
 def test_images_of_unknown_range_are_refused(tmp_path):
     ramp = lambda low, high, kind: np.linspace(low, high, 81).reshape(9, 9).astype(kind)
     for name, *values in (("float.tif", 0, 1, np.float32), ("32bit.tif", 0, 70_000, np.int32),
-                          ("negative.tif", -9, 9000, np.int32), ("12bit.png", 0, 4095, np.uint16)):
+                          ("negative.tif", -9, 9000, np.int32), ("12bit.png", 0, 4095, np.uint16),
+                          ("14bit.tif", 0, 16383, np.uint16)):
         refused(lambda: data.open_image(save(tmp_path / name, ramp(*values))), name, "8-bit")
+    for high in (4095, 16383, 65535):                     # of colours Pillow reads the high bytes
+        for kind, alpha in ((2, []), (6, [np.full((9, 9), 65535)])):
+            pixels = np.stack([ramp(0, high, int)] * 3 + alpha, 2).astype(">u2")
+            file, rows = tmp_path / "colours.png", b"".join(b"\0" + row.tobytes() for row in pixels)
+            file.write_bytes(b"\x89PNG\r\n\x1a\n"
+                             + chunk(b"IHDR", struct.pack(">IIBBBBB", 9, 9, 16, kind, 0, 0, 0))
+                             + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+            if high == 65535:
+                assert data.open_image(file).max() == 255
+            else:
+                refused(lambda: data.open_image(file), file, "which of its values is white", "8-bit")
     for name, kind in (("16bit.png", np.uint16), ("16bit.tif", np.int32)):
         grey = data.open_image(save(tmp_path / name, ramp(0, 65535, kind)))
         assert grey.shape == (9, 9, 3) and abs(grey.mean() - 127.5) < 1
@@ -924,6 +955,43 @@ def test_a_readable_picture_is_never_refused_for_its_exif(tmp_path):
         assert (data.open_image(tmp_path / name, upright=True) == pixels).all()
 
 
+def test_photographs_of_ones_own_are_antialiased_and_reduced_and_those_of_data_sets_as_peers_do(tmp_path):
+    """Every fourth column is white, and between them bilinear samples see black."""
+    columns = np.zeros((512, 512, 3), np.uint8)
+    columns[:, 1::4] = 255
+    for name in ("a.png", "b.jpg"):
+        save(tmp_path / name, columns, quality=100)
+    found = data.Folder(tmp_path)
+    for i in range(2):                                    # the mean is 63.75
+        assert abs(found.squashed(i, 32).astype(int) - 64).max() < 6
+        reduced = data.open_image(found.images[i], least=100)
+        assert reduced.shape == [(103, 103, 3), (128, 128, 3)][i] and abs(reduced.mean() - 64) < 3
+    assert data.open_image(found.images[1], least=513).shape == columns.shape
+    found.upright, bilinear = False, lambda x: data.squash(x, len(x) // 2, antialias=True)
+    assert found.squashed(0, 32).max() == 0 and found.squashed(1, 32).max() < 20
+    assert np.array_equal(bilinear(columns), data.squash(columns, 256))           # not more than twice
+    assert abs(data.squash(columns, 128, antialias=True).astype(int) - 64).max() < 40
+
+
+HUGE = """
+import sys
+import data
+photo = data.Folder(sys.argv[1])
+squashed = photo.squashed(0, 320)
+assert squashed[:, 0].min() > 220 and squashed[:, -1].max() < 30                  # turned
+assert photo.image(0).shape == (6000, 4500, 3) and data.upright_size(photo.images[0]) == (9000, 12000)
+print(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0])         # KB; maxrss is the parent's
+"""
+
+
+def test_a_jpeg_of_108_megapixels_is_reduced_while_it_is_decoded(tmp_path):
+    exif = Image.Exif()
+    exif[0x112] = 6
+    save(tmp_path / "a.jpg", Image.linear_gradient("L").resize((12000, 9000)).convert("RGB"), exif=exif)
+    done = subprocess.run([sys.executable, "-c", HUGE, tmp_path], cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 0 and int(done.stdout) < 0.8e6, done
+
+
 # ---- hostile files
 
 
@@ -939,6 +1007,7 @@ def test_what_is_damaged_huge_or_no_file_is_named_as_an_image_and_as_a_label(tmp
             # PostScript is a program: Pillow by itself would have it run
             ("eps.jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "no JPEG"),
             ("huge.png", header(60000, 60000), "3600000000 pixels"),
+            ("huge.jpg", jpg.replace(b"\0\x28\0\x28", b"\x4e\x20\x4e\x20", 1), "400000000 pixels"),
             ("large.png", header(10000, 9500), "10000 x 9500 pixels"), ("folder.jpg", None, "not a file"),
             ("loop.jpg", "loop.jpg", "symbolic links"), ("link.jpg", "nowhere.jpg", "No such file")):
         if isinstance(content, bytes):
@@ -998,19 +1067,28 @@ def test_mutated_files_and_pipes_decode_or_are_refused_and_never_warn_or_hang(tm
 # ---- folders
 
 
-def test_a_folder_gives_its_images_and_those_of_its_subfolders_but_not_of_links_or_hidden_ones(tmp_path):
+def test_a_folder_gives_its_images_and_those_of_subfolders_and_tells_once_what_it_leaves_out(
+        tmp_path, monkeypatch, capsys):
     root = tmp_path / ".photos"                           # a root may be anything
     for name in ("b.png", "a.JPG", "sub/z/c.jpeg", "sub/a.webp", "Sub2/d.bmp", "sub/e.tif", "b.jpg/c.png",
                  ".ipynb_checkpoints/c.png", "sub/.thumbnails/d.png", "._a.png", "@eaDir/e.png",
-                 "../other/f.png"):
-        save(root / name)
+                 "Thumbs/a.png", "sub/h.jfif", "../other/f.png"):
+        save(root / name, format={".JPG": "JPEG", ".jfif": "JPEG"}.get(Path(name).suffix))
+    for name in ("x.HEIC", "sub/y.heic", "sub/z/x.heic", "sub/z/w.heic", "b.jpg/z.gif", ".v.heic",
+                 "@eaDir/u.gif"):
+        (root / name).write_bytes(b"")
     (root / "notes.txt").write_text("no image")
     (root / "link").symlink_to(tmp_path / "other")
     (root / "sub" / "up").symlink_to("..")                # would never end
     (root / "g.png").symlink_to(tmp_path / "other/f.png")                         # a linked file is an image
     found = data.Folder(root, n_classes=3)
-    assert found.ids == ["a", "b", "g", "Sub2/d", "b.jpg/c", "sub/a", "sub/e", "sub/z/c"] and len(found) == 8
-    assert [found.image(i).shape for i in range(8)] == [(3, 4, 3)] * 8 and found.label(0) is None
+    assert [line.partition(f"{root}: ")[2] for line in capsys.readouterr().err.splitlines()] == [
+        "2 linked folders left out, first link, up", "1 folders of thumbnails left out, first Thumbs",
+        "4 .heic files left out, first x.HEIC, y.heic, w.heic", "1 .gif files left out, first z.gif"]
+    monkeypatch.setenv("RANK", "1")                       # of several processes one tells
+    assert data.Folder(root).ids == found.ids and not capsys.readouterr().err
+    assert found.ids == ["a", "b", "g", "Sub2/d", "b.jpg/c", "sub/a", "sub/e", "sub/h", "sub/z/c"]
+    assert [found.image(i).shape for i in range(9)] == [(3, 4, 3)] * 9 and found.label(0) is None
     assert found.names == ["background", "cluster 1", "cluster 2", "cluster 3"] and found.things == 3
 
 
@@ -1175,6 +1253,22 @@ def test_check_lists_every_problem_once_and_exits_with_0_for_a_good_set_and_2_fo
                          (labels[2], "13 x 10, its image 14 x 10"), (labels[3], ""),
                          (images[4], "truncated"), (labels[4], "No such file")]:
         assert sum(line.startswith(f"  {file}: ") and reason in line for line in lines) == 1, (file, lines)
+
+
+def test_check_names_labels_that_show_nothing_and_images_that_exif_turns(tmp_path):
+    base, exif = make_voc(tmp_path), Image.Exif()
+    assert get_data.check(data.VOC(tmp_path)) == []
+    void = save(base / "SegmentationClass/2007_000000.png", np.full((10, 12), 255, np.uint8))
+    exif[0x112] = 3                                       # by 180 degrees: of the same size
+    image = save(base / "JPEGImages/2007_000001.jpg", ("RGB", (13, 10), 0), exif=exif)
+    first, second = get_data.check(data.VOC(tmp_path))
+    assert first.startswith(f"{void}: no labelled pixel") and second.startswith(f"{image}: its EXIF turns it")
+    save(image, ("RGB", (13, 10), 0))
+    for name in ("2007_000000", "2007_000001"):           # objects without their classes
+        save(base / f"SegmentationClass/{name}.png", np.eye(10, 12, dtype=np.uint8) * 255)
+    save(image, ("RGB", (12, 10), 0))
+    problem, = get_data.check(data.VOC(tmp_path))
+    assert problem.startswith(f"{void.parent}: no label shows a class")
 
 
 def test_a_name_that_is_not_utf_8_does_not_end_the_list_of_problems(tmp_path):
@@ -1865,7 +1959,7 @@ def test_a_folder_of_photographs_trains_and_predicts_without_labels_and_has_to_s
 # eval.py as a program
 
 
-def test_predictions_have_the_images_own_size_and_class_indices(uninterrupted, tmp_path):
+def test_predictions_have_the_images_own_size_and_class_indices(uninterrupted, tmp_path, monkeypatch):
     checkpoint, photos, out = uninterrupted[0] / "run" / "best.pt", tmp_path / "in", tmp_path / "out"
     save(photos / "a.png", Image.fromarray(data.shapes(1, 96)[0]).resize((75, 50)))
     save(photos / "sub" / "b.jpg", Image.fromarray(data.shapes(2, 96)[0]).convert("CMYK").resize((33, 91)))
@@ -1884,6 +1978,14 @@ def test_predictions_have_the_images_own_size_and_class_indices(uninterrupted, t
         "a_mask.png", "a_overlay.png", "b_mask.png", "b_overlay.png", "legend.png", "predictions.json"]
     ends(0, "wrote 1 masks", "eval.py", checkpoint, "--predict", photos / "a.png", photos / "sub",
          "--limit", "1", "--out", tmp_path / "one")       # several paths
+    exif, loaded = Image.Exif(), evaluation.load_checkpoint(checkpoint)
+    exif[0x112] = 6
+    photo = save(tmp_path / "c.jpg", data.shapes(1, 95)[0][:51], exif=exif)       # stored 95 x 51
+    monkeypatch.setattr(data, "REDUCED", 95 * 51 - 1)                             # decoded as 48 x 26
+    args = evaluation.parse([str(checkpoint), "--predict", str(photo), "--out", str(out)])
+    args.refine = None
+    evaluation.predict(evaluation.restore(loaded), loaded, args)
+    assert Image.open(out / "c_mask.png").size == (51, 95)
 
 
 def test_an_unreadable_photograph_costs_its_own_mask_only(uninterrupted, tmp_path):

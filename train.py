@@ -285,10 +285,11 @@ def prepare(args, state, device):
     """
     sources = open_data(args, state)
     vit, digest = frozen_vit(args, state, device)
-    images = {split: cached_squashed(args, f"{split}-images", source, source.image)
+    images = {split: cached_squashed(args, f"{split}-images", source, source.squashed)
               for split, source in sources.items()}
     val = sources.get("val")                              # of a folder there is none
-    labels = cached_squashed(args, "val-labels", val, val.label, "nearest") if val else None
+    nearest = lambda i, size: data.squash(val.label(i), size, "nearest")
+    labels = cached_squashed(args, "val-labels", val, nearest) if val else None
     centroids = state["centroids"] if state else cluster_windows(args, sources["train"], vit, digest, device)
     begun = {"images": {split: identity(source) for split, source in sources.items()},
              "weights": digest, "centroids": centroids}
@@ -317,7 +318,7 @@ def cluster_windows(args, source, vit, digest, device):
     def features(shard):                                  # (M, 1 + D): 0 foreground or 1 background, then CLS
         found = []
         for i in shard:
-            image = data.squash(source.image(chosen[i]), args.bank)
+            image = source.squashed(chosen[i], args.bank)
             image = normalise(data.to_float(image[None], device))                 # (1, 3, bank, bank)
             kinds = cam.window_features(vit, image, args.window, args.scales, source.stuff > 0)
             found += [F.pad(cls.cpu(), (1, 0), value=kind) for kind, cls in enumerate(kinds)]
@@ -513,10 +514,10 @@ def frozen_vit(args, state, device):
     return vit.to(device).eval().requires_grad_(False), digest
 
 
-def cached_squashed(args, name, source, read, mode="bilinear"):
-    """Cache of read(i), image or label of `source`, squashed: (n, S, S[, 3]) uint8."""
+def cached_squashed(args, name, source, read):
+    """Cache of read(i, S), image or label of `source`, squashed: (n, S, S[, 3]) uint8."""
     def squashed(shard):
-        return np.stack(list(pool.map(lambda i: data.squash(read(i), args.size, mode), shard)))
+        return np.stack(list(pool.map(lambda i: read(i, args.size), shard)))
 
     with ThreadPoolExecutor(args.workers) as pool:
         return cached(args, name, [identity(source), args.size], len(source), squashed)

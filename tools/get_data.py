@@ -30,6 +30,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+import numpy as np
 from PIL import Image
 from scipy.io import loadmat
 
@@ -276,17 +277,35 @@ def download(name, root, url=None):
 
 
 def check(source):
-    """Every problem of a data set, one line each: missing, unreadable, mismatched files."""
+    """Every problem of a data set, one line each: missing, unreadable, mismatched files, useless labels."""
+    shown = set()                                         # classes that occur
+
+    def labelled(i):
+        label = source.label(i)
+        shown.update(np.unique(label) if label is not None else ())
+        if label is not None and (label == data.VOID).all():
+            raise data.UserError(f"{source.labels[i]}: no labelled pixel, only void (255); leave it out")
+        if source.labels:
+            with data.opened(source.images[i]) as image:
+                if data.orientation(image) > 1:           # by 180 degrees, say: the sizes are equal
+                    raise data.UserError(f"{source.images[i]}: its EXIF turns it, but it is used as it is "
+                                         "stored; see that its label lies on that, and remove its EXIF")
+
     def look(i):
         found = []
-        for read in (source.image, source.label):
+        for read in (lambda i: source.squashed(i, 64), labelled):                 # small, for many at once
             try:
                 read(i)
             except data.UserError as error:
                 found.append(str(error))
         return dict.fromkeys(found)                       # once, though a broken image is met by both
+
     with ThreadPoolExecutor() as pool:
-        return [problem for problems in pool.map(look, range(len(source))) for problem in problems]
+        problems = [problem for found in pool.map(look, range(len(source))) for problem in found]
+    if source.labels and source.background and shown <= {0, data.VOID} and not problems:
+        problems.append(f"{source.labels[0].parent}: no label shows a class, only background; choose the "
+                        "folder of classes")
+    return problems
 
 
 def check_splits(name, root):
