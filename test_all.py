@@ -683,6 +683,17 @@ def test_weights_that_do_not_fit_or_are_no_weights_are_named(tmp_path, capfd):
     assert "never run" not in capfd.readouterr().out
 
 
+def test_a_torch_that_could_run_code_in_a_file_is_refused_and_readme_names_the_oldest(monkeypatch):
+    for version in ("1.13.1", "2.5.1+cu121"):
+        monkeypatch.setattr(torch, "__version__", type(torch.__version__)(version))
+        with pytest.raises(model.WeightsError, match=re.escape(f"torch {version} is too old")):
+            model.backbone("tiny")
+    for version in ("2.6.0", "2.13.0+cpu"):
+        monkeypatch.setattr(torch, "__version__", type(torch.__version__)(version))
+        model.backbone("tiny")
+    assert "torch 2.6 or later" in README and "2.6" in (HERE / "requirements.txt").read_text()
+
+
 # ----------------------------------------------------------------------------
 # data.py and tools/get_data.py: small data sets and broken files are written below tmp_path
 
@@ -1805,6 +1816,44 @@ def test_a_process_that_fails_takes_the_others_down(tmp_path):
     assert started[0].wait(timeout=60) == 1
     text = started[0].stdout.read()
     assert "another process is gone" in text and "Traceback" not in text, text
+
+
+def test_what_goes_wrong_on_a_gpu_or_between_processes_is_one_line_that_claims_no_more(monkeypatch, capsys):
+    """Errors as torch, the GPU's driver, nccl and gloo word them; no GPU is needed."""
+    nccl = "NCCL error in: NCCLUtils.cpp:77, {}, NCCL version 2.27\nLast error:\n{}"
+    full = nccl.format("ncclUnhandledCudaError: Call to CUDA function failed", "failure 2 'out of memory'")
+    twice = nccl.format("invalid usage", "Duplicate GPU detected : rank 0 and rank 1 on CUDA device 1000")
+    monkeypatch.setattr(train, "start_processes", lambda device: device)
+    for error, code, words in ((torch.cuda.OutOfMemoryError("CUDA out of memory. Tried"), 2, "--accumulate"),
+                               (RuntimeError("CUDA error: out of memory\nCompile with"), 2, "--accumulate"),
+                               (RuntimeError("CUDA error: device-side assert"), 1, "Traceback"),
+                               (ConnectionError("gone"), 1, "gone")):
+        monkeypatch.setattr(train, "dry_run", raising(error))
+        assert train.run(options("--dry-run")) == code
+        text = capsys.readouterr().err
+        assert words in text and (len(text.splitlines()) == 1) == ("Traceback" not in text), text
+    monkeypatch.undo()
+    monkeypatch.setattr(train, "WORLD", 2)
+    for name, value in dict(RANK="0", MASTER_ADDR="here", MASTER_PORT="1").items():
+        monkeypatch.setenv(name, value)
+    for error, kind, words in ((RuntimeError("Connection closed by peer"), ConnectionError, "is gone"),
+                               (RuntimeError(full), RuntimeError, "out of memory")):
+        monkeypatch.setattr(train.dist, "all_reduce", raising(error))
+        with pytest.raises(kind, match=words):
+            train.all_reduce_sum(torch.zeros(1))
+    monkeypatch.setattr(train.dist, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(train.dist, "barrier", lambda device_ids: raising(RuntimeError(twice))())
+    text = refused(lambda: train.start_processes("cpu"), "cannot meet at here:1", "Duplicate GPU")
+    assert "gone" not in text
+
+
+def test_bf16_on_a_cpu_without_it_is_told(monkeypatch, capsys):
+    flags = torch.cpu.get_capabilities()
+    assert train.cpu_has_bf16() == any(has is True for name, has in flags.items() if "bf16" in name)
+    for precision, has, told in (("bf16", False, True), ("bf16", True, False), ("auto", False, False)):
+        monkeypatch.setattr(train, "cpu_has_bf16", lambda: has)
+        train.Trainer(options("--precision", precision), small_vit(), data.Shapes(), {}, torch.device("cpu"))
+        assert ("fp32 is many times faster" in capsys.readouterr().out) == told
 
 
 def test_bf16_changes_the_losses_little_and_the_caches_not_at_all(uninterrupted, tmp_path):
