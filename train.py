@@ -201,8 +201,7 @@ class Trainer:
         permutation, alpha, age = None, 0.0, teacher_age(args, epoch)
         if age is not None:                               # one for the whole batch, the same on every process
             rng = np.random.default_rng((args.seed, epoch, step))
-            permutation = torch.from_numpy(rng.permutation(len(self.source.names)))
-            permutation = permutation.to(self.device, non_blocking=True)
+            permutation = torch.tensor(rng.permutation(len(self.is_thing))).to(self.device, non_blocking=True)
             alpha = permutation_weight(age)
         torch.manual_seed(args.seed + 1009 * step + 31 * RANK)                    # only dropout draws from it
         self.optimizer.zero_grad()
@@ -954,9 +953,8 @@ def run(args):
         return data.report(error)
     except Exception as error:
         if "out of memory" in str(error):                 # torch, the GPU's driver and nccl have a type each
-            return data.report(f"process {RANK}: not enough GPU memory; end what else uses this GPU, or cut "
-                               f"the batch into more parts with --accumulate: the run goes on "
-                               f"({one_line(error)})")
+            return data.report(f"process {RANK}: not enough GPU memory; free it or cut the batch into more "
+                               f"parts with --accumulate: the run goes on ({one_line(error)})")
         traceback.print_exc()                             # a mistake of ours
         return 1
 
