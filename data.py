@@ -117,7 +117,8 @@ def augment(image, draws):
         raise ValueError(f"image is {image.dtype}: floats in 0..1 expected, divide by 255")
     given, image = image.dtype, image.to(torch.promote_types(image.dtype, torch.float32))
     of_each = lambda numbers: numbers.view(-1, 1, 1, 1)   # (B,) -> (B, 1, 1, 1)
-    luma = image.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
+    luma = torch.tensor([0.299, 0.587, 0.114], dtype=image.dtype).view(1, 3, 1, 1)
+    luma = luma.to(image.device, non_blocking=True)       # `new_tensor` would wait for the GPU
     image = (image * of_each(draws.brightness)).clamp(0, 1)                       # a factor of 1: unchanged
     mean = (image * luma).sum(1, keepdim=True).mean((2, 3), keepdim=True)         # (B, 1, 1, 1)
     image = ((image - mean) * of_each(draws.contrast) + mean).clamp(0, 1)
@@ -139,7 +140,7 @@ def augment(image, draws):
 
 def to_float(image, device=None):
     """uint8 (B, H, W, 3), numpy or torch -> float (B, 3, H, W) in 0..1, on `device` if given."""
-    return torch.as_tensor(image, device=device).permute(0, 3, 1, 2).float() / 255
+    return torch.as_tensor(image).to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 255
 
 
 # ----------------------------------------------------------------------------

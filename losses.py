@@ -210,7 +210,7 @@ def pixel_counts(label, confident, is_thing):
     """
     valid = label != VOID
     second = (is_thing[label.long() * valid] & valid).sum()
-    return torch.stack([second.new_tensor(len(label)), valid.sum() - second, second, confident.sum()])
+    return torch.stack([torch.full_like(second, len(label)), valid.sum() - second, second, confident.sum()])
 
 
 def dmsa_losses(logits, class_embeddings, label, confident, counts, is_thing, lambdas, background=True,

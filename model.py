@@ -228,7 +228,8 @@ def normalise(image):
     """Image (B, 3, H, W), floats in 0..1 -> with ImageNet's mean at 0 and deviation at 1, as DINO has it."""
     if not image.is_floating_point():
         raise ValueError(f"image is {image.dtype}: floats in 0..1 expected, divide by 255")
-    mean, std = (image.new_tensor(rgb).view(3, 1, 1) for rgb in (MEAN, STD))
+    rgb = torch.tensor([MEAN, STD], dtype=image.dtype).to(image.device, non_blocking=True)        # (2, 3)
+    mean, std = rgb.view(2, 3, 1, 1)
     return (image - mean) / std
 
 
@@ -243,6 +244,9 @@ def initialize(module):
 
 def read_tensors(file):
     """Tensors and plain values of a file, never code: (object, SHA-256). Raises WeightsError naming it."""
+    if torch.__version__ < "2.6":                         # its weights_only could be led to run code
+        raise WeightsError(f"torch {torch.__version__} is too old to read files safely; get 2.6 or later: "
+                           f"python -m pip install -r requirements.txt")
     try:
         content = Path(file).read_bytes()
     except OSError as error:

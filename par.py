@@ -45,14 +45,15 @@ def neighbours(x, dilations):
         yield padded[:, :, pad + dy:pad + dy + H, pad + dx:pad + dx + W]
 
 
-def neighbour_index(H, W, dilations):
+def neighbour_index(H, W, dilations, device=None):
     """Where the same neighbours lie in a flattened map: (HW, N) int32 of y * W + x, N = 8 * |dilations|.
 
     For embedding_bag in `PAR.refine`, which sums over them without a copy of the masks for each neighbour.
     """
-    dy, dx = torch.tensor(offsets(dilations), dtype=torch.int32).T                # (N,) each
-    y = (torch.arange(H, dtype=torch.int32)[:, None] + dy).clamp(0, H - 1)        # (H, N), border replicated
-    x = (torch.arange(W, dtype=torch.int32)[:, None] + dx).clamp(0, W - 1)        # (W, N)
+    steps = torch.tensor(offsets(dilations), dtype=torch.int32).to(device, non_blocking=True)     # (N, 2)
+    up_to = lambda n: torch.arange(n, dtype=torch.int32, device=device)[:, None]
+    y = (up_to(H) + steps[:, 0]).clamp(0, H - 1)          # (H, N), border replicated
+    x = (up_to(W) + steps[:, 1]).clamp(0, W - 1)          # (W, N)
     return (y[:, None] * W + x).flatten(0, 1)
 
 
@@ -82,7 +83,8 @@ def affinity(image, dilations=DILATIONS, omega3=OMEGA3, bandwidth=BANDWIDTH):
     k_rgb = image.new_empty(image.shape[0], N, *image.shape[2:])                  # (B, N, H, W)
     for i, neighbour in enumerate(neighbours(image, dilations)):
         k_rgb[:, i] = -(neighbour - image).mul_(scale).square_().mean(1)
-    distance = image.new_tensor([math.hypot(dy, dx) for dy, dx in offsets(dilations)])
+    distance = torch.tensor([math.hypot(*step) for step in offsets(dilations)], dtype=image.dtype)
+    distance = distance.to(image.device, non_blocking=True)                       # (N,)
     k_pos = -(distance / ((distance.std() + EPS) * bandwidth)) ** 2               # (N,)
     return k_rgb.softmax(1).add_(omega3 * k_pos.softmax(0).view(1, N, 1, 1))
 
@@ -125,7 +127,7 @@ class PAR(nn.Module):
         k = affinity(image, self.dilations, self.omega3, self.bandwidth)          # (n, N, H, W)
         weights = k.to(masks.dtype).flatten(2).transpose(1, 2).flatten(0, 1).contiguous()         # (n HW, N)
         del k                                             # as large as the weights: free it
-        index = neighbour_index(H, W, self.dilations).to(image.device)            # (HW, N), of one image
+        index = neighbour_index(H, W, self.dilations, image.device)                # (HW, N), of one image
         first = torch.arange(n, dtype=torch.int32, device=image.device) * (H * W)
         rows = (index + first[:, None, None]).flatten(0, 1)                       # (n HW, N), of all
         masks = masks.flatten(2).transpose(1, 2).flatten(0, 1).contiguous()       # (n HW, C)

@@ -9,6 +9,7 @@ the peers' own code gave (assets/golden). What the golden numbers prove is not p
 
 import argparse
 import ast
+import copy
 import gzip
 import hashlib
 import http.server
@@ -28,6 +29,7 @@ import tarfile
 import textwrap
 import threading
 import time
+import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -690,6 +692,17 @@ def test_weights_that_do_not_fit_or_are_no_weights_are_named(tmp_path, capfd):
             model.load_dino(vit, tmp_path / name)
         assert name in str(error.value) and "\n" not in str(error.value)
     assert "never run" not in capfd.readouterr().out
+
+
+def test_a_torch_that_could_run_code_in_a_file_is_refused_and_readme_names_the_oldest(monkeypatch):
+    for version in ("1.13.1", "2.5.1+cu121"):
+        monkeypatch.setattr(torch, "__version__", type(torch.__version__)(version))
+        with pytest.raises(model.WeightsError, match=re.escape(f"torch {version} is too old")):
+            model.backbone("tiny")
+    for version in ("2.6.0", "2.13.0+cpu"):
+        monkeypatch.setattr(torch, "__version__", type(torch.__version__)(version))
+        model.backbone("tiny")
+    assert "torch 2.6 or later" in README and "2.6" in (HERE / "requirements.txt").read_text()
 
 
 # ----------------------------------------------------------------------------
@@ -1911,6 +1924,44 @@ def test_a_process_that_fails_takes_the_others_down(tmp_path):
     assert "another process is gone" in text and "Traceback" not in text, text
 
 
+def test_what_goes_wrong_on_a_gpu_or_between_processes_is_one_line_that_claims_no_more(monkeypatch, capsys):
+    """Errors as torch, the GPU's driver, nccl and gloo word them; no GPU is needed."""
+    nccl = "NCCL error in: NCCLUtils.cpp:77, {}, NCCL version 2.27\nLast error:\n{}"
+    full = nccl.format("ncclUnhandledCudaError: Call to CUDA function failed", "failure 2 'out of memory'")
+    twice = nccl.format("invalid usage", "Duplicate GPU detected : rank 0 and rank 1 on CUDA device 1000")
+    monkeypatch.setattr(train, "start_processes", lambda device: device)
+    for error, code, words in ((torch.cuda.OutOfMemoryError("CUDA out of memory. Tried"), 2, "--accumulate"),
+                               (RuntimeError("CUDA error: out of memory\nCompile with"), 2, "--accumulate"),
+                               (RuntimeError("CUDA error: device-side assert"), 1, "Traceback"),
+                               (ConnectionError("gone"), 1, "gone")):
+        monkeypatch.setattr(train, "dry_run", raising(error))
+        assert train.run(options("--dry-run")) == code
+        text = capsys.readouterr().err
+        assert words in text and (len(text.splitlines()) == 1) == ("Traceback" not in text), text
+    monkeypatch.undo()
+    monkeypatch.setattr(train, "WORLD", 2)
+    for name, value in dict(RANK="0", MASTER_ADDR="here", MASTER_PORT="1").items():
+        monkeypatch.setenv(name, value)
+    for error, kind, words in ((RuntimeError("Connection closed by peer"), ConnectionError, "is gone"),
+                               (RuntimeError(full), RuntimeError, "out of memory")):
+        monkeypatch.setattr(train.dist, "all_reduce", raising(error))
+        with pytest.raises(kind, match=words):
+            train.all_reduce_sum(torch.zeros(1))
+    monkeypatch.setattr(train.dist, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(train.dist, "barrier", lambda device_ids: raising(RuntimeError(twice))())
+    text = refused(lambda: train.start_processes("cpu"), "cannot meet at here:1", "Duplicate GPU")
+    assert "gone" not in text
+
+
+def test_bf16_on_a_cpu_without_it_is_told(monkeypatch, capsys):
+    flags = torch.cpu.get_capabilities()
+    assert train.cpu_has_bf16() == any(has is True for name, has in flags.items() if "bf16" in name)
+    for precision, has, told in (("bf16", False, True), ("bf16", True, False), ("auto", False, False)):
+        monkeypatch.setattr(train, "cpu_has_bf16", lambda: has)
+        train.Trainer(options("--precision", precision), small_vit(), data.Shapes(), {}, torch.device("cpu"))
+        assert ("fp32 is many times faster" in capsys.readouterr().out) == told
+
+
 def test_bf16_changes_the_losses_little_and_the_caches_not_at_all(uninterrupted, tmp_path):
     folder, _, log = uninterrupted
     ends(0, "", "train.py", *RUN, "--epochs", "1", "--precision", "bf16", "--out", tmp_path / "run")
@@ -2069,6 +2120,175 @@ def test_checkpoints_that_are_truncated_foreign_or_carry_code_are_named(tmp_path
     torch.save({"x": 1}, tmp_path / "other.pt")
     torch.save(torch.load(whole, weights_only=True) | {"student": {}}, tmp_path / "this checkpoint's student")
     assert "must never run" not in ends(2, name, "eval.py", tmp_path / name)
+
+
+# ----------------------------------------------------------------------------
+# On a GPU, beside the CPU: `python -m pytest -q test_all.py -k cuda`, less than five minutes
+
+GPU = torch.device("cuda")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def everything(device):
+    """{what: tensor} that the concept files compute on `device` from the same inputs."""
+    torch.manual_seed(0)
+    network, rates = model.DMSA(model.backbone("tiny")[0], 6), (1, 6, 12, 18)
+    nn.init.normal_(network.student.aspp.project.weight, std=0.02)                # a new ASPP adds nothing
+    network.to(device)
+    student, vit, params = network.student, network.vit, list(network.student.parameters())
+    images, labels = (np.stack(maps) for maps in zip(*map(data.shapes, range(4))))
+    image, masks = data.to_float(images, device), randn(4, 3, 16, 16).softmax(1).to(device)
+    draws = data.Draws(*(numbers.to(device) for numbers in data.draw(0, 1, range(4))))
+    with torch.autocast(device.type, enabled=False):      # as in training
+        found = {"crop": data.crop(image, draws, 96), "jitter": data.augment(image, draws)}
+    seen = model.normalise(image)
+    features = network.features(seen)
+    logits, c = network.decode(student, features, rates)
+    found |= {"ViT": vit(seen)[0], "attention": vit(seen)[1], "ASPP": student.aspp(features[1], rates),
+              "decoder": logits, "embeddings": c, "windows": cam.window_features(vit, seen[:1], 96)[0],
+              "CAM": cam.class_activation_maps(vit, seen, randn(5, 128).to(device)),
+              "PAR 160": par.PAR()(F.interpolate(image, size=160), masks),
+              "PAR 1024": par.PAR((1, 2, 4, 8), 3)(F.interpolate(image[:1], size=1024), masks[:1])}
+    label, is_thing = torch.from_numpy(labels).long().to(device), torch.arange(6, device=device) > 2
+    label[:, :9] = 255
+    counts, permutation = losses.pixel_counts(label, label < 3, is_thing), torch.arange(6).roll(1).to(device)
+    large = F.interpolate(logits.float(), size=label.shape[1:], mode="bilinear")
+    values = losses.dmsa_losses(large, c.float(), label, label < 3, counts, is_thing, (0.3, 1, 0.3, 1), True,
+                                permutation, 0.1)
+    for name, loss in values.items():
+        gradient = torch.autograd.grad(loss, params, retain_graph=True, materialize_grads=True)
+        found |= {name: loss, f"gradient of {name}": torch.cat([g.flatten() for g in gradient])}
+    return {name: value.detach().float().cpu() for name, value in found.items()}
+
+
+@pytest.fixture(scope="module")
+def on_the_cpu():
+    return everything(torch.device("cpu"))
+
+
+# `near`: how far a value may be off, as a share of the largest. A CPU that sums in another order is off by
+# 6e-6, one in bf16 by 0.06. `steps`: share of CAM's values that may be further off, where a sign turns
+@needs_gpu
+@pytest.mark.parametrize("precision, near, steps", [("fp32", 1e-4, 2e-3), ("bf16", 0.15, 0.01)])
+def test_each_concept_file_on_cuda_equals_the_cpu(on_the_cpu, monkeypatch, precision, near, steps):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    with torch.autocast(GPU.type, torch.bfloat16, enabled=precision == "bf16"):
+        found = everything(GPU)
+    far = {}
+    for name, theirs in on_the_cpu.items():
+        assert found[name].shape == theirs.shape and found[name].isfinite().all(), name
+        error = (found[name] - theirs).abs() / theirs.abs().max()
+        if (error > near).float().mean() > (steps if name == "CAM" else 0):
+            far[name] = error.max().item()
+    assert not far
+
+
+@needs_gpu
+def test_evaluation_on_cuda_equals_the_cpus_to_the_pixel_but_for_ties(uninterrupted):
+    checkpoint, images = uninterrupted[1], np.stack([data.shapes((9, i), 64)[0] for i in range(32)])
+    network, size = evaluation.restore(checkpoint), (64, 64)
+    cpu = copy.deepcopy(network).cpu()
+    for refine in (None, par.PAR()):
+        ours, theirs = (evaluation.segment(net, checkpoint["rates"], images, size, refine).cpu()
+                        for net in (network.to(GPU), cpu))
+        pixels = data.to_float(images)
+        maps = cpu(model.normalise(pixels), checkpoint["rates"])
+        maps = refine(pixels, maps.softmax(1)) if refine else F.interpolate(maps, size=size, mode="bilinear")
+        best, second = maps.topk(2, dim=1).values.unbind(1)
+        other = ours != theirs
+        assert (best - second)[other].le(1e-3).all() and other.float().mean() < 1e-3
+
+
+def same_losses(log, other, near):
+    for a, b in zip(log, other, strict=True):
+        for key in ("seg", "ce", "un", "cls", "all"):
+            assert a[key] == pytest.approx(b[key], rel=near, abs=near), (a["step"], key)
+
+
+@needs_gpu
+def test_a_run_on_cuda_that_goes_on_twice_equals_the_cpus(tmp_path):
+    """From the CPU's first epoch, so with its clusters. `near`: of losses. `apart`: of weights, the distance
+    of the runs as a share of their way; Adam goes a whole step even where rounding decides whither."""
+    first, _ = train_run(tmp_path, "--precision", "fp32", "--epochs", "1")
+    for precision in ("fp32", "bf16"):
+        shutil.copytree(tmp_path / "run", tmp_path / precision / "run")
+        changed = {"precision": precision, "out": str(tmp_path / precision / "run")}
+        torch.save(first | {"args": first["args"] | changed}, tmp_path / precision / "run" / "last.pt")
+    last, log = train_run(tmp_path, "--precision", "fp32")
+    flat = lambda state: torch.cat([value.flatten() for value in state["student"].values()])
+    for precision, near, apart in (("fp32", 1e-3, 0.02), ("bf16", 0.03, 0.2)):
+        for epochs in ("2", "3"):
+            ours, ours_log = train_run(tmp_path / precision, "--device", GPU.type, "--precision", precision,
+                                       "--epochs", epochs)
+        same_losses(log, ours_log, near)
+        assert (flat(ours) - flat(last)).norm() < apart * (flat(last) - flat(first)).norm(), precision
+
+
+@needs_gpu
+def test_nccl_sums_what_a_run_sums_on_cuda(monkeypatch):
+    one = dict(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
+    for name, value in one.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(train, "WORLD", 2)                # else no sum is asked for
+    device = train.start_processes(GPU.type)
+    try:
+        for kind in (torch.int64, torch.float32):         # of counts; of losses and gradients
+            assert train.all_reduce_sum(torch.arange(4, device=device).to(kind)).tolist() == [0, 1, 2, 3]
+        train.barrier()
+        assert train.collective_device() == GPU.type
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_processes_on_two_cuda_devices_give_the_run_of_one(tmp_path):
+    logs = [train_run(tmp_path / f"{world}", "--device", GPU.type, "--precision", "fp32", world=world)[1]
+            for world in (1, 2)]
+    same_losses(*logs, 1e-3)
+
+
+def voc_step(crops):
+    """A function that loads `crops` of VOC's size, makes a step on the GPU, and tells the peak of memory."""
+    args = options("--data", "voc", "--batch", str(crops), "--precision", "bf16")
+    vit = model.VisionTransformer(**model.BACKBONES["vits8"][0]).to(GPU)
+    trainer = train.Trainer(args, vit, data.VOC, {}, GPU)
+    images, cams = np.zeros((crops, 320, 320, 3), np.uint8), np.random.rand(crops, 20, 40, 40).astype("f2")
+
+    def step():
+        torch.cuda.reset_peak_memory_stats()
+        (parts, _), = train.batches(args, images, cams, 1, 10, GPU)
+        trainer.train_step(*trainer.pseudo_labels(parts, 10), 10, 0)
+        return torch.cuda.max_memory_allocated()
+    return step
+
+
+@needs_gpu
+def test_memory_of_a_crop_on_cuda_is_what_docs_estimate_and_a_step_waits_once():
+    steps = [voc_step(16), voc_step(48)]                  # PAR takes 16 at once
+    few, many = [[step(), step()][1] for step in steps]   # the second has Adam's state
+    docs = (HERE / "docs" / "results.md").read_text()
+    told = re.search(r"^\| `voc` \|.* about ([\d.]+) GB \|$", docs, re.M)[1]
+    assert 0.5 < (many - few) / 32 / 1e9 / float(told) < 1.5, (few, many, told)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        steps[0]()
+        torch.cuda.set_sync_debug_mode("default")
+    waits = [f"{w.filename}:{w.lineno}" for w in caught if "called a synchronizing" in str(w.message)]
+    assert len(waits) == 1, waits
+
+
+@needs_gpu
+def test_too_little_cuda_memory_is_one_line_and_exit_code_2(tmp_path):
+    small = tmp_path / "small.py"
+    small.write_text(textwrap.dedent(f"""
+        import sys, torch
+        sys.path.insert(0, {str(HERE)!r})
+        import train
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(2e7 / total)
+        train.main()"""))
+    ends(2, "not enough GPU memory", small, *RUN, "--device", "cuda", "--out", tmp_path / "run")
 
 
 # ----------------------------------------------------------------------------

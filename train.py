@@ -151,6 +151,8 @@ class Trainer:
         self.is_thing = torch.tensor([first <= n < first + source.things for n in range(N)], device=device)
         able = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         self.bf16 = args.precision == "bf16" or args.precision == "auto" and able
+        if self.bf16 and device.type == "cpu" and not cpu_has_bf16():
+            print0("--precision bf16: this CPU has no instructions for it, fp32 is many times faster")
         self.epoch, self.scored = 0, {}                   # epochs that are done; scores of CAM, last, best
         self.assignment = list(range(N))                  # cluster -> class
 
@@ -201,7 +203,7 @@ class Trainer:
         permutation, alpha, age = None, 0.0, teacher_age(args, epoch)
         if age is not None:                               # one for the whole batch, the same on every process
             rng = np.random.default_rng((args.seed, epoch, step))
-            permutation = torch.from_numpy(rng.permutation(len(self.source.names))).to(self.device)
+            permutation = torch.tensor(rng.permutation(len(self.is_thing))).to(self.device, non_blocking=True)
             alpha = permutation_weight(age)
         torch.manual_seed(args.seed + 1009 * step + 31 * RANK)                    # only dropout draws from it
         self.optimizer.zero_grad()
@@ -247,6 +249,8 @@ def train(args, device):
     log, steps = open_log(out, trainer.epoch), len(images["train"]) * args.repeat // args.batch
     first, progress = trainer.epoch * steps, Progress("step", (args.epochs - trainer.epoch) * steps)
 
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()              # of windows and CAMs
     for epoch in range(trainer.epoch + 1, args.epochs + 1):           # Table 1 counts from 1
         begin, waited, total = time.time(), 0.0, np.zeros(5)
         if args.teacher == "reset" and teacher_age(args, epoch) == 0:
@@ -367,10 +371,14 @@ def batches(args, images, cams, steps, epoch, device):
     """
     order = np.random.default_rng((args.seed, epoch)).permutation(len(images) * args.repeat)
 
+    # a GPU fetches pinned memory by itself, and nobody waits for it
+    pin = torch.Tensor.pin_memory if device.type == "cuda" else torch.Tensor.contiguous
+
     def load(step):
         parts = np.array_split(order[step * args.batch:(step + 1) * args.batch], args.accumulate * WORLD)
         # sample s is image s % len(images)
-        stack = lambda array, samples: torch.from_numpy(np.stack([array[s % len(images)] for s in samples]))
+        stack = lambda array, samples: pin(torch.from_numpy(
+            np.stack([array[s % len(images)] for s in samples])))
         return [(stack(images, samples), stack(cams, samples),
                  data.draw(args.seed, epoch, samples, args.jitter)) for samples in parts[RANK::WORLD]]
 
@@ -382,8 +390,8 @@ def batches(args, images, cams, steps, epoch, device):
             waited = time.time() - begin
             if step + 1 < steps:
                 ahead = pool.submit(load, step + 1)
-            yield [Part(data.to_float(image, device), maps.to(device).float(),
-                        data.Draws(*(numbers.to(device) for numbers in draws)))
+            yield [Part(data.to_float(image, device), maps.to(device, non_blocking=True).float(),
+                        data.Draws(*(numbers.to(device, non_blocking=True) for numbers in draws)))
                    for image, maps, draws in loaded], waited
 
 
@@ -742,6 +750,7 @@ def start_processes(device):
         wait.start()
         try:                                              # the longest wait is for another process's k-means
             dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=4))
+            dist.barrier(device_ids=[LOCAL_RANK] if cuda else None)               # nccl connects here
         except (RuntimeError, ValueError) as error:       # a port in use, an address that does not exist
             raise UserError(f"process {RANK}: the {WORLD} processes cannot meet at {meeting} "
                             f"({one_line(error)})") from None
@@ -755,11 +764,16 @@ def collective_device():
 
 
 def all_reduce_sum(tensor):
-    """Sum of a tensor over all processes. Raises ConnectionError if one has gone."""
+    """Sum of a tensor over all processes. Raises ConnectionError if one has gone.
+
+    gloo waits and raises here. With nccl whoever reads the sum waits; there torchrun ends what is left.
+    """
     if WORLD > 1:
         try:
             dist.all_reduce(tensor)
         except RuntimeError as error:
+            if "CUDA" in str(error):                      # of this process's own GPU
+                raise
             raise ConnectionError(f"process {RANK}: another process is gone, and may have said why; the last "
                                   f"checkpoint, if any, is kept ({one_line(error)})") from None
     return tensor
@@ -780,13 +794,19 @@ def zero_first(rank):
         barrier()
 
 
+def cpu_has_bf16():
+    """Whether this CPU multiplies in bf16 (x86: avx512_bf16, amx_bf16); True where Linux does not tell."""
+    told = Path("/proc/cpuinfo")
+    return not told.exists() or "bf16" in told.read_text()
+
+
 def print0(*words):
     if RANK == 0:
         print(*words, flush=True)
 
 
 def one_line(error):
-    return " ".join(str(error).split())[:200]
+    return " ".join(str(error).split())[:400]             # nccl says what went wrong at the end
 
 
 def end_on_signals():
@@ -937,9 +957,6 @@ def run(args):
             with lock_folder(Path(args.out)):
                 train(args, device)
         return 0
-    except torch.OutOfMemoryError as error:
-        return data.report(f"process {RANK}: not enough GPU memory; cut the batch into more parts with "
-                           f"--accumulate, the run goes on ({one_line(error)})")
     except (FloatingPointError, ConnectionError) as error:
         data.report(error)
         return 1
@@ -947,8 +964,11 @@ def run(args):
         if error.errno and not error.filename:
             error.filename = args.out
         return data.report(error)
-    except Exception:                                     # a mistake of ours
-        traceback.print_exc()
+    except Exception as error:
+        if "out of memory" in str(error):                 # torch, the GPU's driver and nccl have a type each
+            return data.report(f"process {RANK}: not enough GPU memory; free it or cut the batch into more "
+                               f"parts with --accumulate: the run goes on ({one_line(error)})")
+        traceback.print_exc()                             # a mistake of ours
         return 1
 
 
