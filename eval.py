@@ -598,10 +598,8 @@ def parse(argv=None):
         p.error(f"--limit {args.limit}: must be at least 1")
     if "" in (args.predict or [args.explain]):
         p.error("--predict, --explain: an empty name")
-    if args.explain and (args.predict or args.compare):
-        p.error("--explain: takes one photograph; run --predict or --compare by itself")
-    if args.clusters and (args.predict or args.compare or args.explain or args.native or args.par):
-        p.error("--clusters: takes no photographs and nothing but --data, --root and --limit")
+    if bool(args.explain) + args.clusters + bool(args.predict or args.compare) > 1:
+        p.error("--explain, --clusters, --predict or --compare: run each by itself")
     return args
 
 

@@ -1577,7 +1577,7 @@ def test_what_is_not_finite_is_named():
     ("train --par 0", "--par 0: must be at least 1"), ("train --teacher-start -3", "at least 0"),
     ("train --jitter -1 0 0 0", "at least 0"), ("eval x.pt --limit 0", "at least 1"),
     ("eval x.pt --explain a.png --predict b", "by itself"), ("get_data shapes", "nothing to download"),
-    ("eval x.pt --clusters --par", "takes no photographs"),
+    ("eval x.pt --clusters --explain a.png", "each by itself"),
     ("get_data folder", "nothing to download"), ("get_data voc --check --url http://a/b", "for downloads"),
     ("get_data voc --root README.md", "is a file"),
     ("get_data coco80 --check --root x", "x/images/train2017: no such folder")])

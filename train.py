@@ -660,7 +660,8 @@ def draw_and_tell(trainer, images, labels):
         sheet = cluster_sheet(trainer.network, checkpoint, trainer.source)
         write_whole(out / "clusters.png", lambda f: sheet.save(f, "PNG"))
         if not (out / "names.txt").exists():              # it may have been edited
-            lines = ["# NUMBER = NAME, of the classes in clusters.png; those of one name become one class"]
+            lines = ["# NUMBER = NAME, for eval.py; numbers as in clusters.png and in masks. Classes of one "
+                     "name become one. Pictures show ASCII letters only"]
             lines += [f"{i} = {name}" for i, name in enumerate(checkpoint["names"])]
             write_whole(out / "names.txt", lambda f: f.write("\n".join([*lines, ""]).encode()))
         files += ", clusters.png (what each cluster shows), names.txt (name them there; eval.py reads it)"
