@@ -5,13 +5,14 @@
     python eval.py runs/voc/best.pt --predict photos --out masks   # NAME_mask.png, NAME_overlay.png of each
     python eval.py runs/voc/best.pt --explain photo.jpg            # every stage of Fig. 2 for one photograph
     python eval.py A.pt --compare B.pt C.pt --predict photos       # checkpoints side by side (Figs. 3 and 4)
+    python eval.py runs/folder/last.pt --clusters                  # what each cluster shows: RUN/clusters.png
 
     confusion_matrix() -> hungarian() -> scores() -> checkpoint, network, masks -> pictures -> the program
 
 Clusters have no names. An assignment of clusters to classes, one to one, is found on the labelled split so
 that most pixels are right (Hungarian matching), and only then is anything scored. This is TransFGU's protocol
 (decision 20, which is row 20 of docs/decisions.md). A cluster here is a channel of the prediction, be it the
-background's.
+background's. A run on a folder has no labels: there clusters are classes, and a user names them in names.txt.
 """
 
 import argparse
@@ -29,7 +30,8 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
+from scipy.ndimage import distance_transform_edt, maximum_filter, minimum_filter
 from scipy.optimize import linear_sum_assignment
 
 import cam
@@ -43,43 +45,50 @@ from par import PAR
 GROUP = 16                                                # images of one forward pass
 MOST = 1024                                               # pixels: photographs are computed at most so long
 ROWS = {",".join(map(str, rates)): list(rates) for rates in TABLE_1.values()}     # "1,1,2,3": [1, 1, 2, 3]
+SHEET = 500                                               # images that clusters.png is made from, at most
 
 
 # ----------------------------------------------------------------------------
 # Scores
 
 
-def confusion_matrix(label, prediction, n):
-    """Count pixels: (n, n) int64 [truth, prediction].
+def confusion_matrix(label, prediction, n, k=None):
+    """Count pixels: (n, k) int64 [truth, prediction]; k: how many clusters, default n.
 
     label, prediction   equal shapes, numpy or torch integers; labels outside 0..n-1 (void) do not count
-    raises              ValueError for predictions outside 0..n-1
+    raises              ValueError for predictions outside 0..k-1
     """
+    k = k or n
     label, prediction = torch.as_tensor(label).flatten().long(), torch.as_tensor(prediction).flatten().long()
     valid = (label >= 0) & (label < n)                    # void, 255, is neither right nor wrong
-    if label.shape != prediction.shape or ((prediction < 0) | (prediction >= n))[valid].any():
-        raise ValueError(f"prediction: {len(label)} clusters in 0..{n - 1} expected, one for each label")
-    return torch.bincount(label[valid] * n + prediction[valid], minlength=n * n).view(n, n)
+    if label.shape != prediction.shape or ((prediction < 0) | (prediction >= k))[valid].any():
+        raise ValueError(f"prediction: {len(label)} clusters in 0..{k - 1} expected, one for each label")
+    return torch.bincount(label[valid] * k + prediction[valid], minlength=n * k).view(n, k)
 
 
 def hungarian(confusion):
-    """For every predicted cluster its class: (n,) int64, one to one, so that most pixels are right.
+    """For every predicted cluster its class: (k,) int64, one to one, so that most pixels are right.
 
-    confusion (n, n) [truth, prediction]. All classes take part, the background included.
+    confusion (n, k) [truth, prediction], k >= n. All classes take part, the background included. The k - n
+    clusters that are left over have -1.
     """
     confusion = np.asarray(confusion)
     truth, cluster = linear_sum_assignment(confusion, maximize=True)
-    assignment = np.empty(len(confusion), np.int64)       # indexed by cluster, as predictions are
+    assignment = np.full(confusion.shape[1], -1)          # indexed by cluster, as predictions are
     assignment[cluster] = truth
     return assignment
 
 
 def scores(confusion):
-    """Scores after Hungarian matching, percent.
+    """Scores after Hungarian matching, percent, of a confusion matrix (n, k).
 
-    returns  {"miou", "accuracy", "iou": (n,), "assignment": (n,), "clusters": in use, "entropy": of the
+    returns  {"miou", "accuracy", "iou": (n,), "assignment": (k,), "clusters": in use, "entropy": of the
              predicted shares, 0 when everything is one cluster, 1 when all are equally frequent}
     raises   UserError if no pixel has a label
+
+    With more clusters than classes, k > n, those left over count as wrong. They have the class of most of
+    their pixels in "assignment", for pictures; and "many_miou" and "many_accuracy" are the scores if every
+    cluster has the class of most of its pixels (many to one).
 
     IoU = TP / (TP + FP + FN). The mean leaves out classes that are neither in truth nor in the prediction
     (NaN here); a class that is only predicted counts 0 (TransFGU; others average over the classes in truth).
@@ -87,16 +96,25 @@ def scores(confusion):
     confusion = np.asarray(confusion)
     if not confusion.any():
         raise UserError("no labelled pixel: the labels are nothing but void (255); check their folder")
-    assignment = hungarian(confusion)
-    matched = np.zeros_like(confusion)
-    matched[:, assignment] = confusion                    # columns are classes now, as rows are
-    right, union = np.diag(matched), matched.sum(0) + matched.sum(1) - np.diag(matched)
-    iou = 100 * np.divide(right, union, out=np.full(len(union), np.nan), where=union > 0)
-    share = confusion.sum(0) / confusion.sum()            # (n,) of each cluster in the prediction
+    assignment, many = hungarian(confusion), confusion.argmax(0)
+
+    def scored(assignment):
+        # columns become classes, as rows are; the pixels of clusters without a class are in none
+        matched = confusion @ (assignment[:, None] == np.arange(len(confusion)))  # (n, n)
+        right = np.diag(matched)
+        union = matched.sum(0) + confusion.sum(1) - right
+        iou = 100 * np.divide(right, union, out=np.full(len(union), np.nan), where=union > 0)
+        return {"miou": float(np.nanmean(iou)), "iou": iou,
+                "accuracy": float(100 * right.sum() / confusion.sum())}
+
+    share = confusion.sum(0) / confusion.sum()            # (k,) of each cluster in the prediction
     entropy = -(share[share > 0] * np.log(share[share > 0])).sum() / np.log(len(share))
-    return {"miou": float(np.nanmean(iou)), "accuracy": float(100 * right.sum() / confusion.sum()),
-            "iou": iou, "assignment": assignment,
-            "clusters": int((share > 0).sum()), "entropy": float(entropy + 0.0)}  # no -0.0
+    found = scored(assignment) | {
+        "assignment": np.where(assignment < 0, many, assignment),
+        "clusters": int((share > 0).sum()), "entropy": float(entropy + 0.0)}                      # no -0.0
+    if len(share) > len(confusion):
+        found |= {f"many_{name}": scored(many)[name] for name in ("miou", "accuracy")}
+    return found
 
 
 # ----------------------------------------------------------------------------
@@ -113,6 +131,7 @@ def load_checkpoint(file, rates="epoch"):
               "background", "teacher_on"}
     if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
         raise UserError(f"{file}: not a checkpoint of train.py; give last.pt or best.pt of a run")
+    checkpoint["args"] = {"aspp_scale": 1.0, "coarse": "soft"} | checkpoint["args"]               # older runs
     if rates != "epoch":
         checkpoint["rates"] = ROWS[rates]
     return checkpoint
@@ -125,11 +144,34 @@ def available(device):
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
+def named(checkpoint, file):
+    """The checkpoint with the class names that a user gave in names.txt beside its file, if it is there.
+
+    A line is `NUMBER = NAME`, the number as in NAME_mask.png; an empty one or one with # is skipped. Classes
+    of one name become one, which has the first of their numbers. Raises UserError naming file and line.
+    """
+    file, names = Path(file).with_name("names.txt"), list(checkpoint["names"])
+    if not file.exists():
+        return checkpoint
+    if checkpoint["args"]["data"] != "folder":
+        raise UserError(f"{file}: {checkpoint['args']['data']} has class names of its own; remove this file")
+    index = {str(i): i for i in range(len(names))}
+    for n, line in enumerate(file.read_bytes().splitlines(), 1):
+        line = line.decode("utf-8-sig", errors="replace").strip()
+        number, _, name = map(str.strip, line.partition("="))
+        if line and not line.startswith("#"):
+            if number not in index or not name or "\ufffd" in name:
+                raise UserError(f"{file}: line {n}: {line[:40]!r}: NUMBER = NAME expected, in UTF-8, each "
+                                f"number from 0 to {len(names) - 1} at most once")
+            names[index.pop(number)] = name
+    return checkpoint | {"names": names, "assignment": [names.index(name) for name in names]}
+
+
 def restore(checkpoint, device="auto"):
     """The network of a checkpoint, in eval mode; device as in `available`."""
     args = checkpoint["args"]                             # the options that the run was given, plain values
     vit = VisionTransformer(**BACKBONES[args["backbone"]][0])
-    network = DMSA(vit, len(checkpoint["names"]), args["aspp"] != "none", aspp_scale=args["aspp_scale"])
+    network = DMSA(vit, len(checkpoint["assignment"]), args["aspp"] != "none", aspp_scale=args["aspp_scale"])
     try:
         for name in ("vit", "student", "teacher"):
             getattr(network, name).load_state_dict(checkpoint[name])
@@ -140,11 +182,11 @@ def restore(checkpoint, device="auto"):
 
 
 @torch.no_grad()
-def segment(network, rates, image, mask_size, par=None, flip=False, heads=None):
-    """Cluster of every pixel by each head: uint8 (B, H, W, 3) -> uint8 (heads, B, *mask_size).
+def mask_logits(network, rates, image, mask_size, par=None, flip=False, heads=None):
+    """Logits of every pixel by each head: uint8 (B, H, W, 3) -> (heads, B, N, *mask_size).
 
-    rates       of ASPP; mask_size: (rows, columns) that the logits are enlarged to before the arg max
-    par         a PAR that refines the probabilities there
+    rates       of ASPP; mask_size: (rows, columns) that the logits are enlarged to
+    par         a PAR that refines the probabilities there, which are then returned
     flip        logits are the mean of those of the image and those of its mirror image, mirrored back
     heads       of the network; default the student's alone
     """
@@ -158,10 +200,13 @@ def segment(network, rates, image, mask_size, par=None, flip=False, heads=None):
         logits = (logits + logits_of(image.flip(3)).flip(4)) / 2
     if par is not None:
         image = F.interpolate(image, size=mask_size, mode="bilinear")
-        masks = [par(image, of_head.softmax(1)) for of_head in logits]
-    else:
-        masks = [F.interpolate(of_head, size=mask_size, mode="bilinear") for of_head in logits]
-    return torch.stack([mask.argmax(1).byte() for mask in masks])
+        return torch.stack([par(image, of_head.softmax(1)) for of_head in logits])
+    return torch.stack([F.interpolate(of_head, size=mask_size, mode="bilinear") for of_head in logits])
+
+
+def segment(*inputs, **options):
+    """Cluster of every pixel, the arg max of `mask_logits`: uint8 (heads, B, *mask_size)."""
+    return mask_logits(*inputs, **options).argmax(2).byte()
 
 
 def groups(n, rank=0, world=1):
@@ -191,16 +236,17 @@ class Progress:
                   end="\x1b[K\r" if terminal else "\n", flush=True)
 
 
-def evaluate(labelled, predict, n, heads=1):
+def evaluate(labelled, predict, n, k=None, heads=1):
     """Confusion matrices of all pairs in `labelled`: what `predict` takes, and labels (b, H, W) uint8.
 
     predict   (inputs, (H, W)) -> clusters (heads, b, H, W): `segment` with a network, or what else is scored
-    returns   (heads, n, n) int64
+    n, k      how many classes; how many clusters, default n
+    returns   (heads, n, k) int64
     """
-    total = torch.zeros(heads, n, n, dtype=torch.int64)
+    total = torch.zeros(heads, n, k or n, dtype=torch.int64)
     for inputs, labels in labelled:
-        for k, clusters in enumerate(predict(inputs, labels.shape[1:]).cpu()):
-            total[k] += confusion_matrix(labels, clusters, n)
+        for head, clusters in enumerate(predict(inputs, labels.shape[1:]).cpu()):
+            total[head] += confusion_matrix(labels, clusters, n, k)
     return total
 
 
@@ -220,15 +266,22 @@ def segment_photograph(network, image, checkpoint, native=False, **how):
     """Classes of one image of any size: uint8 (H, W, 3) -> uint8 (H, W).
 
     The network sees it squashed to the size that it was trained with or, `native`, at its own size in whole
-    patches. Masks are made at up to MOST pixels a side and enlarged from there (nearest). how: as `segment`
+    patches. Logits, or with PAR probabilities, are made at up to MOST pixels a side and enlarged from there,
+    one cluster at a time: all at once a photograph of 12 megapixels and 20 clusters would take 1 GB.
+    how: as `mask_logits`
     """
     if native:
         seen = whole_patches(image, network.vit.patch_size)
     else:
         seen = data.squash(image, checkpoint["args"]["size"], antialias=True)
-    clusters = segment(network, checkpoint["rates"], seen[None], reduced(image), **how)[0, 0].cpu().numpy()
-    mask = np.array(checkpoint["assignment"], np.uint8)[clusters]
-    return np.array(Image.fromarray(mask).resize(image.shape[1::-1], Image.NEAREST))
+    logits = mask_logits(network, checkpoint["rates"], seen[None], reduced(image), **how)[0, 0].cpu()
+    mask = np.zeros(image.shape[:2], np.uint8)            # (H, W); logits (N, h, w)
+    most = np.full(mask.shape, -np.inf, np.float32)
+    for cluster in logits.argmax(0).unique():             # those that are anywhere the most likely
+        plane = np.asarray(Image.fromarray(logits[cluster].numpy()).resize(mask.shape[::-1], Image.BILINEAR))
+        mask[plane > most] = checkpoint["assignment"][cluster]
+        np.maximum(most, plane, out=most)
+    return mask
 
 
 # ----------------------------------------------------------------------------
@@ -263,7 +316,8 @@ def stages(network, checkpoint, image):
     student, _ = network.decode(network.student, features, rates)                 # (B, N, h, w)
     how = args["teacher_weight"], background, args["threshold"]
     coarse, _ = losses.pseudo_label(scaled, None, enlarge, *how)                  # (B, S, S)
-    pseudo, _ = losses.pseudo_label(scaled, teacher if checkpoint["teacher_on"] else None, refine, *how)
+    pseudo, _ = losses.pseudo_label(scaled, teacher if checkpoint["teacher_on"] else None, refine, *how,
+                                    par is not None and args["coarse"] == "hard")
     masks = coarse, enlarge(teacher).argmax(1), pseudo, enlarge(student).argmax(1)
     return Stages((attention / attention.amax((1, 2), keepdim=True)).cpu(), maps.cpu(),
                   *(mask.cpu().numpy() for mask in masks))
@@ -283,7 +337,8 @@ def grey(maps, size):
 def page(rows, titles, names, cell=160):
     """A picture of rows of uint8 (S, S, 3) tiles under titles, with a legend of the classes."""
     gap, head, columns, colours = 6, 24, len(titles), data.palette()
-    lines = -(-len(names) // columns)                     # of the legend
+    legend = [i for i, name in enumerate(names) if names.index(name) == i]        # see `named`
+    lines = -(-len(legend) // columns)
     width, height = columns * (cell + gap) + gap, head + len(rows) * (cell + gap) + 18 * lines + gap
     sheet = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(sheet)
@@ -293,12 +348,63 @@ def page(rows, titles, names, cell=160):
         for column, tile in enumerate(row):
             tile = Image.fromarray(tile).resize((cell, cell), Image.NEAREST)
             sheet.paste(tile, (gap + column * (cell + gap), head + r * (cell + gap)))
-    for i, name in enumerate(names):
-        line, column = divmod(i, columns)
+    for place, i in enumerate(legend):
+        line, column = divmod(place, columns)
         x, y = gap + column * (cell + gap), head + len(rows) * (cell + gap) + 18 * line
         pen.rectangle([x, y + 1, x + 12, y + 13], fill=tuple(colours[i].tolist()), outline="grey")
-        pen.text((x + 16, y + 1), name[:24], "black")
+        pen.text((x + 16, y + 1), names[i][:24], "black")
     return sheet
+
+
+def outlined(image, mask, names=None):
+    """A photograph with its mask: uint8 (H, W, 3), classes (H, W), or VOID -> a picture of its size.
+
+    Classes are tinted and outlined, with a white line around. Where the mask is VOID the photograph stays as
+    it is. With `names` each class is named where it is widest.
+    """
+    size, longest, tint = np.array(mask.shape[::-1]), max(mask.shape), data.palette()[mask]
+    picture = np.array(Image.blend(Image.fromarray(image), Image.fromarray(tint), 0.4))
+    width, letters, step = 1 + 2 * max(1, longest // 400), max(10, longest // 40), 1 + longest // 256
+    edge, rest = maximum_filter(mask, width) != minimum_filter(mask, width), mask == data.VOID
+    picture[edge], picture[rest], picture[edge & rest] = tint[edge], image[rest], 255
+    picture, small = Image.fromarray(picture), np.pad(mask[::step, ::step], 1, constant_values=data.VOID)
+    pen = ImageDraw.Draw(picture)
+    for c in np.unique(small)[:-1] if names else ():      # the last is VOID, of the border
+        y, x = np.unravel_index(distance_transform_edt(small == c).argmax(), small.shape)
+        half = np.array([pen.textlength(names[c], font_size=letters) / 2, letters])   # keep it inside
+        at = np.clip([(x - 1) * step, (y - 1) * step], half, np.maximum(size - half, half))
+        pen.text(tuple(at), names[c], "white", anchor="mm", font_size=letters, stroke_width=letters // 8,
+                 stroke_fill="black")
+    return picture
+
+
+def cluster_sheet(network, checkpoint, source, cell=160, columns=6):
+    """A picture: of each class number, name and share, and the images that show it most, the rest darkened.
+
+    source     training data set, whose images are squashed as in training. Each weighs the same; of more than
+               SHEET every n-th is taken
+    """
+    names, assignment = checkpoint["names"], np.array(checkpoint["assignment"], np.uint8)
+    chosen, size, rows = np.arange(0, len(source), -(-len(source) // SHEET)), checkpoint["args"]["size"], []
+    masks = np.concatenate([segment(
+        network, checkpoint["rates"], np.stack([source.squashed(i, size) for i in chosen[group]]),
+        (size, size))[0].cpu() for group in groups(len(chosen))])
+    masks = assignment[masks]                             # (n, S, S)
+    pixels = np.stack([np.bincount(mask.flatten(), minlength=len(names)) for mask in masks])      # (n, N)
+    for c in np.unique(assignment):
+        text = Image.new("RGB", (cell, cell), tuple(data.palette()[c].tolist()))
+        ImageDraw.Draw(text).text(
+            (8, 8), f"{c}\n{names[c][:20]}\n{100 * pixels[:, c].sum() / pixels.sum():.1f} % of all pixels\n"
+            f"in {(pixels[:, c] > 0).sum()} of {len(chosen)} images", "white", font_size=14, stroke_width=2,
+            stroke_fill="black")
+        rows.append([np.array(text)])
+        for i in (-pixels[:, c]).argsort(kind="stable")[:min(columns, (pixels[:, c] > 0).sum())]:
+            photo = Image.fromarray(source.image(chosen[i]))
+            photo.thumbnail((cell, cell))
+            mask = np.array(Image.fromarray(masks[i]).resize(photo.size, Image.NEAREST))
+            tile = outlined(np.array(photo), np.where(mask == c, data.VOID, 0).astype(np.uint8))
+            rows[-1].append(np.array(ImageOps.pad(tile, (cell, cell), color="white")))
+    return page(rows, ["class", "images that show it most", *[""] * (columns - 1)], [], cell)
 
 
 def panels(network, checkpoint, images, labels):
@@ -337,7 +443,7 @@ def curves(log):
     return sheet
 
 
-def plot(pen, left, title, lines, top=40, width=380, height=250):
+def plot(pen, left, title, lines, top=40, width=380, height=250, axis="epoch"):
     """One plot of lines {name: [(epoch, value), ...]} with its axes, drawn by `pen`."""
     colours = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#222222")
     values = [value for line in lines.values() for _, value in line]
@@ -351,7 +457,7 @@ def plot(pen, left, title, lines, top=40, width=380, height=250):
     for mark in marks:
         pen.text((left - 42, at(0, mark)[1] - 6), f"{mark:g}", "#666666")
         pen.line([at(0, mark), at(last, mark)], fill="#eeeeee")
-    pen.text((left, top + height + 6), "epoch", "#666666")
+    pen.text((left, top + height + 6), axis, "#666666")
     pen.text((left + width - 20, top + height + 6), str(last), "#666666")
     for i, (name, line) in enumerate(lines.items()):
         points = [at(*point) for point in line]
@@ -366,10 +472,10 @@ def plot(pen, left, title, lines, top=40, width=380, height=250):
 # The program
 
 
-def open_split(checkpoint, args):
-    """The validation split that --data and --root name; the checkpoint's own by default."""
+def open_split(checkpoint, args, split="val"):
+    """The split of the data set that --data and --root name; the checkpoint's own by default."""
     trained = checkpoint["args"]
-    source = data.dataset(args.data or trained["data"], args.root or trained["root"], "val",
+    source = data.dataset(args.data or trained["data"], args.root or trained["root"], split,
                           trained["classes"], trained["seed"])
     if args.limit:
         source.limit(args.limit)
@@ -390,15 +496,19 @@ def score(network, checkpoint, args):
         labelled = ((np.stack([data.squash(source.image(i), size) for i in group]),
                      np.stack([data.squash(source.label(i), size, "nearest") for i in group]))
                     for group in groups(len(source)))
-    clusters = partial(segment, network, checkpoint["rates"], **args.how)
-    result = scores(evaluate(labelled, clusters, len(source.names))[0])
-    cluster_of = {int(c): k for k, c in enumerate(result["assignment"])}  # class -> cluster
+    predict = partial(segment, network, checkpoint["rates"], **args.how)
+    confusion = evaluate(labelled, predict, len(source.names), len(checkpoint["assignment"]))[0]
+    result = scores(confusion)
+    cluster_of = {int(c): k for k, c in enumerate(hungarian(confusion))}  # class -> cluster
     print("class                 cluster     IoU")
     for i, name in enumerate(source.names):
         iou = "absent" if np.isnan(result["iou"][i]) else f"{result['iou'][i]:6.2f}"
         print(f"{name:20}  {cluster_of[i]:7}  {iou}")
     print(f"mIoU {result['miou']:.2f}  accuracy {result['accuracy']:.2f}  "
-          f"clusters in use {result['clusters']} of {len(source.names)}")
+          f"clusters in use {result['clusters']} of {len(checkpoint['assignment'])}")
+    if "many_miou" in result:
+        print("many to one, each cluster as the class of most of its pixels: mIoU {many_miou:.2f}  "
+              "accuracy {many_accuracy:.2f}".format_map(result))
     trained = checkpoint["args"]["limit"]
     print(f"epoch {checkpoint['epoch']}, rates {checkpoint['rates']}, {len(source)} images at "
           f"{'their own size' if args.native else f'{size} x {size}'}"
@@ -444,8 +554,8 @@ def predict(network, checkpoint, args):
         picture = Image.fromarray(mask).resize(data.upright_size(found.images[i]), Image.NEAREST)
         picture.putpalette(colours.flatten().tolist())    # the file holds class indices, viewers show colours
         picture.save(out / f"{name}_mask.png")
-        overlay = Image.blend(Image.fromarray(image), Image.fromarray(colours[mask]), 0.5)
-        overlay.save(out / f"{name}_overlay.png")
+        shown = np.where(mask > 0, mask, data.VOID).astype(np.uint8) if checkpoint["background"] else mask
+        outlined(image, shown, names).save(out / f"{name}_overlay.png")
         counts = np.bincount(mask.flatten(), minlength=len(names)) / mask.size
         shares[name] = {names[c]: round(float(counts[c]), 4) for c in np.flatnonzero(counts)}
     (out / "predictions.json").write_text(json.dumps(shares, indent=1))
@@ -458,7 +568,7 @@ def compare(network, checkpoint, args):
     """--compare: the same images by several checkpoints side by side (Figs. 3 and 4)."""
     colours, columns = data.palette(), [(network, checkpoint)]
     for file in args.compare:
-        other = load_checkpoint(file, args.rates)
+        other = named(load_checkpoint(file, args.rates), file)
         if other["names"] != checkpoint["names"]:
             raise UserError(f"{file}: has other classes than {args.checkpoint}; compare checkpoints of one "
                             f"data set")
@@ -476,6 +586,14 @@ def compare(network, checkpoint, args):
     file = out_folder(args, *args.predict or ()) / "compare.png"
     page(rows, titles[:len(rows[0])], checkpoint["names"]).save(file)
     print(f"wrote {file}: {len(rows)} images, {len(columns)} checkpoints")
+
+
+def clusters(network, checkpoint, args):
+    """--clusters: clusters.png beside the checkpoint, as a run on a folder draws it at its end."""
+    args.limit = args.limit or checkpoint["args"]["limit"]
+    file = Path(args.checkpoint).with_name("clusters.png")
+    cluster_sheet(network, checkpoint, open_split(checkpoint, args, "train")).save(file)
+    print(f"wrote {file}: what each cluster shows in the training images")
 
 
 def explain(network, checkpoint, args):
@@ -526,17 +644,19 @@ def parse(argv=None):
         help="auto: cuda if there is one (default)")
     p.add_argument("--predict", nargs="+", metavar="PATH", help="segment these images and folders")
     p.add_argument("--explain", metavar="PHOTO", help="draw every stage of Fig. 2 for it: explain.png")
+    p.add_argument("--clusters", action="store_true",
+        help="draw the training images that show each cluster most: clusters.png beside the checkpoint")
     p.add_argument("--compare", nargs="+", metavar="CHECKPOINT",
         help="other checkpoints to put beside this one: compare.png")
     p.add_argument("--out", default="masks", metavar="DIR",
-        help="folder for all that is written (default: masks)")
+        help="folder for all else that is written (default: masks)")
     args = p.parse_args(argv)
     if args.limit is not None and args.limit < 1:
         p.error(f"--limit {args.limit}: must be at least 1")
     if "" in (args.predict or [args.explain]):
         p.error("--predict, --explain: an empty name")
-    if args.explain and (args.predict or args.compare):
-        p.error("--explain: takes one photograph; run --predict or --compare by itself")
+    if bool(args.explain) + args.clusters + bool(args.predict or args.compare) > 1:
+        p.error("--explain, --clusters, --predict or --compare: run each by itself")
     return args
 
 
@@ -544,12 +664,14 @@ def main():
     args = parse()
     sys.stdout.reconfigure(errors="backslashreplace")     # names of files may be in any encoding
     try:
-        checkpoint = load_checkpoint(args.checkpoint, args.rates)
+        checkpoint = named(load_checkpoint(args.checkpoint, args.rates), args.checkpoint)
         network = restore(checkpoint, args.device)
         par = (run_par(checkpoint) or PAR((1, 2, 4, 8))) if args.par else None
         args.how = {"par": par, "flip": args.flip}
         if args.compare:
             compare(network, checkpoint, args)
+        elif args.clusters:
+            clusters(network, checkpoint, args)
         elif args.explain:
             explain(network, checkpoint, args)
         elif args.predict:

@@ -54,7 +54,7 @@ import losses
 import model
 import par
 import train
-from tools import get_data
+from tools import get_data, how_many
 
 HERE = Path(__file__).resolve().parent
 torch.set_num_threads(1)
@@ -1552,6 +1552,96 @@ def test_scores_count_truth_in_rows_leave_void_out_and_show_collapse():
     assert (every["clusters"], every["entropy"]) == (4, pytest.approx(1))
 
 
+def test_clusters_beyond_the_classes_count_as_wrong_and_many_to_one_is_a_score_of_its_own():
+    label, prediction = np.repeat([0, 1], (10, 6)), np.repeat([2, 0, 1, 3, 1], (7, 3, 4, 1, 1))
+    confusion = evaluation.confusion_matrix(label, prediction, 2, 4)
+    assert confusion.tolist() == [[3, 0, 7, 0], [0, 5, 0, 1]]
+    assert evaluation.hungarian(confusion).tolist() == [-1, 1, 0, -1]
+    found = evaluation.scores(confusion)
+    assert found["assignment"].tolist() == [0, 1, 0, 1]   # those left over: of most of their pixels
+    assert found["iou"].tolist() == pytest.approx([100 * 7 / 10, 100 * 5 / 6])
+    assert (found["accuracy"], found["many_accuracy"]) == (pytest.approx(75), 100)
+    assert (found["miou"], found["many_miou"]) == (pytest.approx((70 + 500 / 6) / 2), 100)
+    assert "many_miou" not in evaluation.scores(confusion[:, [2, 1]])
+
+
+def test_names_are_read_beside_a_checkpoint_and_classes_of_one_name_become_one(tmp_path):
+    file = tmp_path / "names.txt"
+    checkpoint = {"args": {"data": "folder"}, "assignment": [*range(5)],
+                  "names": ["background", *(f"cluster {k}" for k in range(1, 5))]}
+    read = lambda: evaluation.named(checkpoint, tmp_path / "last.pt")
+    assert read() is checkpoint
+    file.write_bytes("\ufeff# the dogs\r\n\r\n 4= dog = Bär\r\n1 = background\n2=dog = Bär".encode())
+    assert read()["names"] == ["background", "background", "dog = Bär", "cluster 3", "dog = Bär"]
+    assert read()["assignment"] == [0, 0, 2, 3, 2]
+    for n, text in ((2, b"\n5 = dog"), (2, b"\r-1 = dog"), (1, b"dog"),
+                    (3, b"\r\n\n1 ="), (2, b"0 = b\n0 = c"),
+                    (1, b"1 = B\xe4r"), (1, "1 = dog".encode("utf-16")), (1, "1 = dog".encode("utf-16-le")),
+                    (1, "\u0663 = dog".encode())):         # a 3 of other digits
+        file.write_bytes(text)
+        refused(read, file, f"line {n}: ", "NUMBER = NAME expected", "0 to 4")
+    checkpoint["args"]["data"] = "voc"
+    refused(read, file, "voc has class names of its own")
+
+
+def test_overlays_leave_the_photograph_where_nothing_is_tint_and_outline_each_class_and_name_it():
+    image, mask = np.full((64, 96, 3), 100, np.uint8), np.full((64, 96), 255, np.uint8)
+    mask[8:56, 8:48], mask[8:56, 48:88], colours = 1, 2, data.palette()
+    bare = np.array(evaluation.outlined(image, mask))
+    assert (bare[:7] == 100).all() and (bare[7, 8:88] == 255).all()               # as it was; white around
+    assert (bare[8:56, 8] == colours[1]).all() and (bare[9:55, 48] == colours[2]).all()
+    assert np.abs(bare[30, 30] - (0.6 * 100 + 0.4 * colours[1])).max() <= 1
+    names = np.array(evaluation.outlined(image, mask, ["", "first", "second"]))
+    changed = (names != bare).any(2)
+    assert changed[:, 8:48].sum() > 50 and changed[:, 48:88].sum() > 50           # each on its own ground
+    assert not changed[:20].any() and not changed[44:].any()
+    edge = np.full((64, 96), 255, np.uint8)
+    edge[:, :3] = 1                                       # thinner than its name
+    named, bare = (np.array(evaluation.outlined(image, edge, names)) for names in (["", "class"], None))
+    assert np.ptp(np.flatnonzero((named != bare).any((0, 2)))) > 20               # not cut by the border
+
+
+def test_the_sheet_shows_of_each_class_its_share_and_first_the_images_that_have_most_of_it(monkeypatch):
+    class Source(data.Dataset):                           # four images of one grey each
+        ids, image = range(4), lambda self, i: np.full((80, 160, 3), 60 * (i + 1), np.uint8)
+
+    def segment(network, rates, images, size):
+        masks = torch.zeros(len(images), *size, dtype=torch.uint8)
+        for mask, grey in zip(masks, images[:, 0, 0, 0]):
+            rows, cluster = {60: (0, 0), 120: (10, 1), 180: (2, 1), 240: (6, 3)}[int(grey)]
+            mask[:rows] = cluster
+        return masks
+
+    monkeypatch.setattr(evaluation, "segment", segment)
+    checkpoint = {"names": ["a", "b", "c", "b"], "assignment": [0, 1, 2, 1], "rates": None,
+                  "args": {"size": 10}}                   # cluster 3 is b, too
+    drawn = []
+    monkeypatch.setattr(evaluation, "page", lambda rows, *rest: drawn.append(rows))
+    evaluation.cluster_sheet(None, checkpoint, Source())
+    a, b, c = drawn[0]
+    middle = lambda tile, y: int(tile[y, 80, 0])
+    assert [middle(tile, 100) for tile in a[1:]] == [60, 180, 240]                # the second has no a
+    assert [middle(tile, 50) for tile in b[1:]] == [120, 240, 180] and len(c) == 1
+    assert [middle(tile, 110) for tile in b[2:]] == [144, 108]                    # the rest is darkened
+    assert (a[1][0] == 255).all()                         # 2 : 1, not squashed
+    monkeypatch.setattr(evaluation, "SHEET", 3)           # every second
+    evaluation.cluster_sheet(None, checkpoint, Source())
+    assert len(drawn[1][0]) == 3
+
+
+def test_masks_of_a_large_photograph_have_the_edges_of_logits_at_its_own_size(monkeypatch):
+    logits = F.interpolate(randn(1, 3, 6, 8), size=(60, 80), mode="bilinear")
+    monkeypatch.setattr(evaluation, "MOST", 80)
+    monkeypatch.setattr(evaluation, "mask_logits", lambda n, r, image, size, par: F.interpolate(
+        logits, size=size, mode="bilinear"))
+    checkpoint = {"args": {"size": 32}, "rates": 0, "assignment": [5, 6, 7]}
+    found = lambda h, w: evaluation.segment_photograph(None, np.zeros((h, w, 3), np.uint8), checkpoint) - 5
+    assert np.array_equal(found(60, 80), logits.argmax(1)[0])
+    exact = F.interpolate(logits, size=(240, 320), mode="bilinear").argmax(1)[0].numpy()
+    nearest = logits.argmax(1)[0].numpy().repeat(4, 0).repeat(4, 1)
+    assert (found(240, 320) != exact).mean() < 0.001 < (nearest != exact).mean()
+
+
 # ----------------------------------------------------------------------------
 # train.py: schedule and options
 
@@ -1597,12 +1687,13 @@ def test_what_is_not_finite_is_named():
     ("train --batch 7 --accumulate 8", "fewer images than parts"), ("train --size 100", "multiple of"),
     ("train --epochs 0", "--epochs 0: must be at least 1"), ("train --data folder", "with --root"),
     ("train --data folder --root x --classes 1", "at least 2 and at most 254"), ("train --lr 2", "at most 1"),
-    ("train --classes 3", "only for --data folder"), ("train --epoch 3", "unrecognized"),
+    ("train --data cocostuff27 --classes 30", "not for cocostuff27"), ("train --epoch 3", "unrecognized"),
     ("train --backbone resnet", "invalid choice"), ("train --lambdas nan 1 1 1", "--lambdas nan: must be"),
     ("train --momentum 1.5", "at most 1"), ("train --seed -1", "--seed -1: must be"),
     ("train --par 0", "--par 0: must be at least 1"), ("train --teacher-start -3", "at least 0"),
     ("train --jitter -1 0 0 0", "at least 0"), ("eval x.pt --limit 0", "at least 1"),
     ("eval x.pt --explain a.png --predict b", "by itself"), ("get_data shapes", "nothing to download"),
+    ("eval x.pt --clusters --explain a.png", "each by itself"),
     ("get_data folder", "nothing to download"), ("get_data voc --check --url http://a/b", "for downloads"),
     ("get_data voc --root README.md", "is a file"),
     ("get_data coco80 --check --root x", "x/images/train2017: no such folder")])
@@ -1975,6 +2066,7 @@ def test_bf16_changes_the_losses_little_and_the_caches_not_at_all(uninterrupted,
     ("--data voc --root nowhere", "nowhere/VOCdevkit/VOC2012: no such folder"),
     ("--weights none.pt --batch 4", "none.pt: cannot read"), ("--batch 4096", "larger than an epoch"),
     ("--dry-run", "larger than an epoch"), ("--out /proc/nowhere", "/proc/nowhere: No such file"),
+    ("--classes 4 --batch 4", "--classes 4: shapes has 5 classes; give at least so many"),
     ("--data folder --root assets/panels.png --classes 254 --backbone tiny --batch 1 --size 64",
      "too few for 254 clusters"),
     *([] if torch.cuda.is_available() else [("--device cuda", "no GPU")])])
@@ -1994,16 +2086,81 @@ def test_a_folder_of_photographs_trains_and_predicts_without_labels_and_has_to_s
     ends(2, "broken.jpg: cannot read this image", *go, "1")
     assert not (run / "log.jsonl").exists()               # before the first step
     (photos / "broken.jpg").unlink()
-    ends(0, "", *go, "1")
-    assert (run / "panels.png").exists()
+    ends(0, "names.txt", *go, "1")
+    assert (run / "panels.png").exists() and Image.open(run / "clusters.png").size[0] > 1000
+    assert (run / "names.txt").read_text().splitlines()[1:] == [
+        "0 = background", "1 = cluster 1", "2 = cluster 2", "3 = cluster 3"]
+    (run / "names.txt").write_text("1 = dog\n3 = dog\n2 = background")            # as a user edits it
     shutil.copy(photos / "0.jpg", photos / "7.jpg")
     text = ends(2, "images of train have changed, 6 then, 7 now", *go, "2")
     assert len(text.splitlines()) == 1, text
     (photos / "7.jpg").unlink()
     ends(0, "going on after epoch 1", *go, "2")
     ends(2, "--predict", "eval.py", run / "last.pt")
+    assert (run / "names.txt").read_text().startswith("1 = dog\n")
     ends(0, "wrote 6 masks", "eval.py", run / "last.pt", "--predict", photos, "--out", tmp_path / "out")
+    shares = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert {name for share in shares.values() for name in share} <= {"background", "dog"}
+    for name, share in shares.items():
+        mask = np.array(Image.open(tmp_path / "out" / f"{name}_mask.png"))
+        assert mask.max() <= 1 and share.get("dog", 0) == pytest.approx(mask.mean(), abs=1e-4)
+    (run / "clusters.png").unlink()
+    ends(0, "clusters.png", "eval.py", run / "last.pt", "--clusters")
+    assert Image.open(run / "clusters.png").size[1] == 24 + 2 * 166 + 6           # dog and background
     ends(2, "other classes", "eval.py", run / "last.pt", "--compare", other)
+
+    text = ends(0, "too few for 200", "tools/how_many.py", run, "--classes", "3", "2", "200")
+    assert re.findall(r"^\| +(\d+) \|", text, re.M) == ["2", "3"]
+    assert Image.open(run / "how_many.png").size == (450, 340)
+    assert len([*(tmp_path / "cache").glob("*-windows-*")]) == 1                  # the run's were used
+    ends(2, "too few for 200", "tools/how_many.py", run, "--classes", "200")
+    ends(2, "none/last.pt", "tools/how_many.py", tmp_path / "none")
+
+    (run / "names.txt").write_text("1 = dog\n2 dog\n")
+    assert ends(2, "names.txt: line 2", "eval.py", run / "last.pt", "--clusters").count("\n") == 1
+    ends(2, "/run/names.txt: line 2", "eval.py", other, "--compare", run / "last.pt")
+    (run / "last.pt").unlink()                            # a new run has other clusters
+    ends(2, "names the clusters of an earlier run", *go, "1")
+
+
+def test_the_adjusted_rand_index_counts_pairs_of_windows():
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(0, 3, 40), rng.integers(0, 4, 40)
+    b[:25] = a[:25]
+    together = lambda labels: np.array([labels[i] == labels[j] for i in range(40) for j in range(i)])
+    one, other = together(a), together(b)
+    chance, most = one.sum() * other.sum() / len(one), (one.sum() + other.sum()) / 2
+    assert how_many.adjusted_rand(a, b, 4) == pytest.approx(((one & other).sum() - chance) / (most - chance))
+    assert how_many.adjusted_rand(a, (a + 1) % 3, 3) == 1 == how_many.adjusted_rand(a * 0, a * 0, 2)
+
+
+def test_clusters_that_are_there_are_stable_and_others_are_not():
+    rng = np.random.default_rng(0)                        # 20 images with 12 windows of 4 kinds
+    bank = [(10 * np.eye(8)[rng.integers(0, 4, 12)] + rng.normal(0, 1, (12, 8))).astype(np.float32)
+            for _ in range(20)]
+    halves = {k: np.mean(how_many.agreement(bank, k, rng)["halves"]) for k in (4, 8)}
+    assert halves[4] > 0.95 and halves[8] < 0.8
+
+
+def test_more_clusters_than_classes_are_scored_twice_and_predicted_as_classes(uninterrupted, tmp_path):
+    checkpoint, log = train_run(tmp_path, "--classes", "8")
+    last = tmp_path / "run" / "last.pt"
+    assert len(checkpoint["assignment"]) == 9 and checkpoint["names"] == uninterrupted[1]["names"]
+    assert checkpoint["centroids"].shape[0] == 8 and set(checkpoint["assignment"]) <= set(range(6))
+    assert log[-1]["many_accuracy"] >= log[-1]["accuracy"] and "many_miou" not in uninterrupted[2][-1]
+    text = ends(0, "many to one", "eval.py", last, "--limit", "24")
+    assert f"mIoU {log[-1]['miou']:.2f}  accuracy {log[-1]['accuracy']:.2f}  clusters in use" in text
+    assert f"mIoU {log[-1]['many_miou']:.2f}  accuracy {log[-1]['many_accuracy']:.2f}" in text
+    photo = save(tmp_path / "in" / "a.png", data.shapes(1, 96)[0])
+    ends(0, "wrote 1 masks", "eval.py", last, "--predict", photo, "--out", tmp_path / "out")
+    assert np.array(Image.open(tmp_path / "out" / "a_mask.png")).max() < 6
+    ends(0, "", "eval.py", last, "--explain", photo, "--out", tmp_path / "out")
+    ends(0, "2 checkpoints", "eval.py", last, "--compare", uninterrupted[0] / "run" / "last.pt", "--limit",
+         "1", "--out", tmp_path / "out")
+    ends(0, "", "eval.py", last, "--clusters")            # of a labelled data set, too
+    ends(2, "--classes 8, now 9", "train.py", *RUN, "--classes", "9", "--out", tmp_path / "run")
+    (tmp_path / "run" / "names.txt").write_text("1 = dog")
+    ends(2, "class names of its own", "eval.py", last, "--predict", photo)
 
 
 # ----------------------------------------------------------------------------
@@ -2703,7 +2860,7 @@ def test_readmes_snippets_run_as_they_stand():
 def test_every_option_that_readme_names_exists_and_helps_defaults_are_the_real_ones():
     known = set()
     for file in ("train.py", "eval.py", "tools/get_data.py", "tools/ablation.py", "tools/par_on_photos.py",
-                 "tools/bench.py", "tools/pretrain.py"):
+                 "tools/bench.py", "tools/pretrain.py", "tools/how_many.py"):
         (code, text), = program(file, "--help")
         assert code == 0, text
         known |= set(re.findall(r"--[a-z][a-z-]+", text))

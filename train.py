@@ -46,7 +46,8 @@ import cam
 import data
 from aspp import DEEPLAB_RATES, dilation_rates
 from data import UserError
-from eval import Progress, available, curves, evaluate, groups, load_checkpoint, panels, scores, segment
+from eval import (Progress, available, cluster_sheet, curves, evaluate, groups, load_checkpoint, named,
+                  panels, scores, segment)
 from losses import dmsa_losses, min_max, permutation_weight, pixel_counts, pseudo_label, with_background
 from model import BACKBONES, DMSA, Head, VisionTransformer, backbone, normalise
 from par import PAR
@@ -135,7 +136,7 @@ class Trainer:
 
     def __init__(self, args, vit, source, begun, device):
         self.args, self.source, self.begun, self.device = args, source, begun, device
-        N = len(source.names)
+        N = n_clusters(source)
         torch.manual_seed(args.seed)                      # the same start on every process
         self.network = DMSA(vit, N, args.aspp != "none", args.dropout,
                             args.aspp_scale).to(device).train()
@@ -154,7 +155,7 @@ class Trainer:
         if self.bf16 and device.type == "cpu" and not cpu_has_bf16():
             print0("--precision bf16: this CPU has no instructions for it, fp32 is many times faster")
         self.epoch, self.scored = 0, {}                   # epochs that are done; scores of CAM, last, best
-        self.assignment = list(range(N))                  # cluster -> class
+        self.assignment = [n % len(source.names) for n in range(N)]                # cluster -> class
 
     def low_precision(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
@@ -244,6 +245,8 @@ def train(args, device):
     if state and state["epoch"] >= args.epochs and (out / "curves.png").exists():
         return print0(f"{out}: this run is finished ({state['epoch']} epochs); raise --epochs to go on, "
                       f"or use another --out")
+    if not state and (out / "names.txt").exists():
+        raise UserError(f"{out}/names.txt: names the clusters of an earlier run; remove it to begin anew")
     (out / "curves.png").unlink(missing_ok=True)          # a run that has it is finished
     trainer, images, labels, cams = prepare(args, state, device)      # Fig. 2, left
     log, steps = open_log(out, trainer.epoch), len(images["train"]) * args.repeat // args.batch
@@ -309,17 +312,15 @@ def prepare(args, state, device):
     return trainer, images, labels, cams
 
 
-def cluster_windows(args, source, vit, digest, device):
-    """Windows of the training images -> CLS features, cached -> k-means, things and stuff apart: (K, D).
+def window_bank(args, source, vit, digest, device):
+    """Windows of the training images -> CLS features, cached: a list of (M, 1 + D), each of some images.
 
-    For a new run only: afterwards the centroids are in last.pt. They depend on the images, the ViT, K and the
-    seed, and also on the machine and its threads, whose sums differ in the last digits.
+    The first number is 0 for windows on the foreground and 1 for those on the background.
     """
     # evenly over the list, which may be sorted
     chosen = np.linspace(0, len(source) - 1, min(len(source), BANK_IMAGES)).round().astype(int)
-    clusters = [source.things, source.stuff] if source.stuff else [source.things]
 
-    def features(shard):                                  # (M, 1 + D): 0 foreground or 1 background, then CLS
+    def features(shard):
         found = []
         for i in shard:
             image = source.squashed(chosen[i], args.bank)
@@ -329,9 +330,19 @@ def cluster_windows(args, source, vit, digest, device):
         return torch.cat(found).half().numpy()
 
     # not in the key: K and the seed, so that other numbers of clusters reuse the windows
-    key = [identity(source), digest, args.bank, args.window, args.scales, len(clusters), cam.COVER, cam.CLEAR,
-           BANK_IMAGES]
-    bank = np.concatenate(cached(args, "windows", key, len(chosen), features).shards)
+    key = [identity(source), digest, args.bank, args.window, args.scales, 1 + (source.stuff > 0), cam.COVER,
+           cam.CLEAR, BANK_IMAGES]
+    return cached(args, "windows", key, len(chosen), features).shards
+
+
+def cluster_windows(args, source, vit, digest, device):
+    """k-means of the windows, things and stuff apart: centroids (K, D).
+
+    For a new run only: afterwards the centroids are in last.pt. They depend on the images, the ViT, K and the
+    seed, and also on the machine and its threads, whose sums differ in the last digits.
+    """
+    bank = np.concatenate(window_bank(args, source, vit, digest, device))
+    clusters = [source.things, source.stuff] if source.stuff else [source.things]
     centroids = torch.zeros(sum(clusters), vit.embed_dim, device=device)
     if RANK == 0:
         found, rng = [], np.random.default_rng(args.seed)
@@ -339,7 +350,7 @@ def cluster_windows(args, source, vit, digest, device):
             windows = bank[bank[:, 0] == kind, 1:]                                # (M, D)
             if len(windows) > BANK_WINDOWS:
                 windows = windows[np.sort(rng.choice(len(windows), BANK_WINDOWS, replace=False))]
-            print0(f"k-means: {len(windows)} windows of {len(chosen)} images, {k} clusters")
+            print0(f"k-means: {len(windows)} windows of {min(len(source), BANK_IMAGES)} images, {k} clusters")
             try:
                 found.append(torch.from_numpy(cam.cluster(windows, k, args.seed)))
             except ValueError as error:                   # too few windows
@@ -480,6 +491,11 @@ def write_whole(file, save, sync=True):
 # Data and what is computed from it once
 
 
+def n_clusters(source):
+    """Clusters of a data set, the background's included: N, or more by --classes."""
+    return source.background + source.things + source.stuff
+
+
 @lru_cache
 def identity(source):                                     # read once: COCO has 240,000 files
     """What the files of a split are: [how many images, digest of their names and of all sizes in bytes]."""
@@ -498,6 +514,11 @@ def open_data(args, state):
                                           cache=Path(args.out).parent / "cache")
         if args.limit:
             sources[split].limit(args.limit)
+        if args.classes and args.data != "folder":        # more clusters than classes
+            if args.classes < sources[split].things:
+                raise UserError(f"--classes {args.classes}: {args.data} has {sources[split].things} classes; "
+                                f"give at least so many, or leave it out")
+            sources[split].things = args.classes
         now = identity(sources[split])
         then = state["images"][split] if state else now
         if then != now:
@@ -549,7 +570,7 @@ def replace_teacher(trainer):
     """The teacher becomes the student, the student gets its first weights; Adam's state is kept."""
     trainer.network.teacher.load_state_dict(trainer.network.student.state_dict())
     torch.manual_seed(trainer.args.seed)                  # as Trainer.__init__
-    fresh = Head(trainer.network.vit.embed_dim, len(trainer.source.names), trainer.args.aspp != "none")
+    fresh = Head(trainer.network.vit.embed_dim, n_clusters(trainer.source), trainer.args.aspp != "none")
     trainer.network.student.load_state_dict(fresh.state_dict())
 
 
@@ -560,7 +581,7 @@ def replace_teacher(trainer):
 def confusion_of(trainer, inputs, labels, predict, heads=1):
     """Confusion matrices of a split, of which every process does its share; predict as in `evaluate`."""
     share = ((inputs[g.start:g.stop], labels[g.start:g.stop]) for g in groups(len(labels), RANK, WORLD))
-    total = evaluate(share, predict, len(trainer.source.names), heads)            # (heads, N, N)
+    total = evaluate(share, predict, len(trainer.source.names), n_clusters(trainer.source), heads)
     return all_reduce_sum(total.to(trainer.device)).cpu()
 
 
@@ -575,7 +596,7 @@ def score(trainer, images, labels, epoch):
     result, *teacher = map(scores, confusion_of(trainer, images, labels, clusters, len(heads)))
     network.train()
     trainer.assignment = result["assignment"].tolist()
-    return ({name: result[name] for name in ("miou", "accuracy", "clusters", "entropy")}
+    return ({name: value for name, value in result.items() if name not in ("iou", "assignment")}
             | {f"teacher_{name}": found[name] for found in teacher for name in ("miou", "accuracy")})
 
 
@@ -647,14 +668,24 @@ def epoch_line(args, record, means):
 
 
 def draw_and_tell(trainer, images, labels):
-    """panels.png, curves.png and the last words, by the first process."""
+    """panels.png, curves.png, of a folder clusters.png and names.txt, and the last words, by rank 0."""
     if RANK:
         return
     out, files = Path(trainer.args.out), "log.jsonl, last.pt, panels.png, curves.png"
     trainer.network.eval()
+    checkpoint = named(checkpoint_of(trainer), out / "last.pt")
     truth = None if labels is None else labels[:6]
-    shown = panels(trainer.network, checkpoint_of(trainer), images[:6], truth)
+    shown = panels(trainer.network, checkpoint, images[:6], truth)
     write_whole(out / "panels.png", lambda f: shown.save(f, "PNG"))
+    if trainer.args.data == "folder":
+        sheet = cluster_sheet(trainer.network, checkpoint, trainer.source)
+        write_whole(out / "clusters.png", lambda f: sheet.save(f, "PNG"))
+        if not (out / "names.txt").exists():              # it may have been edited
+            lines = ["# NUMBER = NAME, for eval.py; numbers as in clusters.png and in masks. Classes of one "
+                     "name become one. Pictures show ASCII letters only"]
+            lines += [f"{i} = {name}" for i, name in enumerate(checkpoint["names"])]
+            write_whole(out / "names.txt", lambda f: f.write("\n".join([*lines, ""]).encode()))
+        files += ", clusters.png (what each cluster shows), names.txt (name them there; eval.py reads it)"
     write_whole(out / "curves.png", lambda f: curves(out / "log.jsonl").save(f, "PNG"))
     if labels is not None:
         last, best, coarse = (trainer.scored[name] for name in ("last", "best", "cam"))
@@ -837,7 +868,8 @@ def end_on_signals():
 
 OPTIONS = {
     "root": (str, None, "DIR", "folder of the data sets, or of the images for --data folder"),
-    "classes": (int, (2, 254), "K", "clusters to look for, of --data folder"),
+    "classes": (int, (2, 254), "K", "clusters to look for, besides the background; other data sets than "
+                "folder look for as many as they have classes, or for more"),
     "backbone": (tuple(BACKBONES), None, None, "pretrained ViT"),
     "weights": (str, None, "FILE", "weights of that backbone (default: fetched once; tiny is shipped)"),
     "out": (str, None, "DIR", "run folder (default: runs/<data>); caches go beside it, to runs/cache"),
@@ -908,8 +940,8 @@ def parse(argv=None):
     args = p.parse_args(argv)
     if args.data == "folder" and not args.root:
         p.error("--data folder: give the folder of images with --root")
-    if args.data != "folder" and args.classes is not None:
-        p.error(f"--classes: only for --data folder, {args.data} has its own")
+    if args.data == "cocostuff27" and args.classes is not None:
+        p.error("--classes: not for cocostuff27, which looks for things and stuff apart")
     # an option that was given wins over the preset, the preset over the data set's own setting
     own, preset = SETTINGS[args.data], PRESETS[args.preset]
     for name, value in (own | preset).items():

@@ -6,8 +6,8 @@
 Protocol. Image and label are squashed to 160 x 160 (label: nearest). The true mask, one channel for each
 class that the label shows, is averaged over 8 x 8 pixels to the 20 x 20 cells of a ViT of patch 8, spoiled
 or not, and restored to 160 x 160. Void pixels belong to no channel and are not scored. The score is the IoU
-of the arg max, mean over the classes of the image, then over images, in percent, ± the standard error of that
-mean. Three coarse masks:
+of the arg max, mean over the classes of the image, then over images, in percent, ± the standard error of
+that mean. Three coarse masks:
 
     clean, soft    the averages themselves
     20 % wrong     a fifth of the cells, drawn from --seed and the image's number, get another class of the

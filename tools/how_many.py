@@ -1,0 +1,116 @@
+"""How many clusters? How well k-means agrees with itself on the windows of a run on a folder, for several K.
+
+    python tools/how_many.py runs/folder                  # prints a table, draws runs/folder/how_many.png
+
+The run's own windows are taken, from runs/cache; without them they are computed again. For each K:
+
+    halves   k-means on the one and on the other half of the images, cut at random; all windows are assigned
+             to the centroids of the one and of the other, and the two assignments are compared
+    starts   k-means on all images from other starting points (each the best of five, as in a run)
+
+Both are adjusted Rand indices: 1 for the same clusters, 0 for what chance gives; mean and standard deviation
+of some repetitions. Of more than WINDOWS windows every n-th is used.
+"""
+
+import argparse
+import sys
+from itertools import combinations
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from scipy.cluster.vq import vq
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import cam                                                # noqa: E402
+import data                                               # noqa: E402
+import train                                              # noqa: E402
+from eval import confusion_matrix, load_checkpoint, plot  # noqa: E402
+
+CLASSES = (2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30)
+WINDOWS, REPEATS = 2000, 4
+HOW_TO_READ = "Take the largest K before `halves` falls: beyond it other images would give other clusters"
+
+
+def adjusted_rand(a, b, k):
+    """Adjusted Rand index of two clusterings (M,) of the same windows into 0..k-1 (Hubert and Arabie 1985).
+
+    How many pairs of windows are together in both, less what chance gives; 1 if the clusterings are the same.
+    """
+    pairs = lambda counts: (counts * (counts - 1) / 2).sum().item()
+    table = confusion_matrix(a, b, k).double()            # (k, k)
+    both, one, other = pairs(table), pairs(table.sum(1)), pairs(table.sum(0))
+    chance, most = one * other / pairs(table.sum()), (one + other) / 2
+    return (both - chance) / (most - chance) if most > chance else 1.0
+
+
+def agreement(bank, k, rng):
+    """{"halves", "starts"}: adjusted Rand indices. bank: list of windows (M, D), each of other images.
+
+    Raises ValueError if there are too few windows for k clusters.
+    """
+    every = np.concatenate(bank)
+
+    def clusters(parts):                                  # of all windows, by the centroids of these parts
+        chosen = np.concatenate([every[:0], *(bank[i] for i in parts)])
+        centroids = cam.cluster(chosen, k, rng.integers(2 ** 31))
+        return vq(every, centroids)[0]
+
+    halves = [list(map(clusters, np.array_split(rng.permutation(len(bank)), 2))) for _ in range(REPEATS)]
+    starts = combinations([clusters(range(len(bank))) for _ in range(REPEATS - 1)], 2)
+    return {name: [adjusted_rand(a, b, k) for a, b in found]
+            for name, found in (("halves", halves), ("starts", starts))}
+
+
+def windows(run, root):
+    """The windows of the run in this folder, at most WINDOWS: a list of (M, D), each of other images."""
+    checkpoint = load_checkpoint(run / "last.pt")
+    args = SimpleNamespace(**checkpoint["args"] | {"out": str(run)} | ({"root": root} if root else {}))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    source = train.open_data(args, checkpoint)["train"]
+    vit, digest = train.frozen_vit(args, checkpoint, device)
+    bank = train.window_bank(args, source, vit, digest, device)
+    bank = [part[part[:, 0] == 0, 1:].astype(np.float32) for part in bank]        # on the foreground
+    total = sum(map(len, bank))
+    step = -(-total // WINDOWS)
+    print(f"{total} windows of {len(source)} images" + f", every {step}th is used" * (step > 1))
+    return [part[::step] for part in bank]
+
+
+def main():
+    p = argparse.ArgumentParser(description="How stable the clusters of a run's windows are, for several K.")
+    p.add_argument("run", help="folder of the run, with last.pt in it")
+    p.add_argument("--root", help="folder of the images (default: the one trained with)")
+    p.add_argument("--classes", type=int, nargs="+", default=CLASSES, metavar="K",
+                   help=f"numbers of clusters to try, 2 or more (default: {' '.join(map(str, CLASSES))})")
+    args = p.parse_args()
+    if min(args.classes) < 2:
+        p.error(f"--classes {min(args.classes)}: must be at least 2")
+    file, lines = Path(args.run) / "how_many.png", {"halves": [], "starts": []}
+    try:
+        bank = windows(Path(args.run), args.root)
+        print("\n|  K | halves       | starts       |\n|---|---|---|")
+        for k in sorted(set(args.classes)):
+            try:
+                found = agreement(bank, k, np.random.default_rng(0))
+            except ValueError as error:
+                if not lines["halves"]:
+                    raise data.UserError(error) from None
+                print(f"\nno larger K: {error}")
+                break
+            cells = [f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}" for values in found.values()]
+            print(f"| {k:2} | {' | '.join(cells)}  |", flush=True)
+            for name, values in found.items():
+                lines[name].append((k, float(np.mean(values))))
+        sheet = Image.new("RGB", (450, 340), "white")
+        plot(ImageDraw.Draw(sheet), 50, "agreement of k-means with itself", lines, axis="K")
+        sheet.save(file)
+    except OSError as error:
+        sys.exit(data.report(error))
+    print(f"\n{HOW_TO_READ}. Wrote {file}")
+
+
+if __name__ == "__main__":
+    main()
