@@ -1610,7 +1610,7 @@ def test_the_sheet_shows_of_each_class_its_share_and_first_the_images_that_have_
         for mask, grey in zip(masks, images[:, 0, 0, 0]):
             rows, cluster = {60: (0, 0), 120: (10, 1), 180: (2, 1), 240: (6, 3)}[int(grey)]
             mask[:rows] = cluster
-        return masks
+        return masks[None]                                # of one head
 
     monkeypatch.setattr(evaluation, "segment", segment)
     checkpoint = {"names": ["a", "b", "c", "b"], "assignment": [0, 1, 2, 1], "rates": None,
@@ -1632,8 +1632,8 @@ def test_the_sheet_shows_of_each_class_its_share_and_first_the_images_that_have_
 def test_masks_of_a_large_photograph_have_the_edges_of_logits_at_its_own_size(monkeypatch):
     logits = F.interpolate(randn(1, 3, 6, 8), size=(60, 80), mode="bilinear")
     monkeypatch.setattr(evaluation, "MOST", 80)
-    monkeypatch.setattr(evaluation, "mask_logits", lambda n, r, image, size, par: F.interpolate(
-        logits, size=size, mode="bilinear"))
+    monkeypatch.setattr(evaluation, "mask_logits", lambda n, r, image, size: F.interpolate(
+        logits, size=size, mode="bilinear")[None])        # of one head
     checkpoint = {"args": {"size": 32}, "rates": 0, "assignment": [5, 6, 7]}
     found = lambda h, w: evaluation.segment_photograph(None, np.zeros((h, w, 3), np.uint8), checkpoint) - 5
     assert np.array_equal(found(60, 80), logits.argmax(1)[0])
@@ -2188,10 +2188,10 @@ def test_predictions_have_the_images_own_size_and_class_indices(uninterrupted, t
          "--limit", "1", "--out", tmp_path / "one")       # several paths
     exif, loaded = Image.Exif(), evaluation.load_checkpoint(checkpoint)
     exif[0x112] = 6
-    photo = save(tmp_path / "c.jpg", data.shapes(1, 95)[0][:51], exif=exif)       # stored 95 x 51
+    photo = save(tmp_path / "jpeg" / "c.jpg", data.shapes(1, 95)[0][:51], exif=exif)       # stored 95 x 51
     monkeypatch.setattr(data, "REDUCED", 95 * 51 - 1)                             # decoded as 48 x 26
     args = evaluation.parse([str(checkpoint), "--predict", str(photo), "--out", str(out)])
-    args.refine = None
+    args.how = {}
     evaluation.predict(evaluation.restore(loaded), loaded, args)
     assert Image.open(out / "c_mask.png").size == (51, 95)
 
