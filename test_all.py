@@ -2188,7 +2188,7 @@ def test_predictions_have_the_images_own_size_and_class_indices(uninterrupted, t
          "--limit", "1", "--out", tmp_path / "one")       # several paths
     exif, loaded = Image.Exif(), evaluation.load_checkpoint(checkpoint)
     exif[0x112] = 6
-    photo = save(tmp_path / "jpeg" / "c.jpg", data.shapes(1, 95)[0][:51], exif=exif)       # stored 95 x 51
+    photo = save(tmp_path / "c/c.jpg", data.shapes(1, 95)[0][:51], exif=exif)     # stored 95 x 51
     monkeypatch.setattr(data, "REDUCED", 95 * 51 - 1)                             # decoded as 48 x 26
     args = evaluation.parse([str(checkpoint), "--predict", str(photo), "--out", str(out)])
     args.how = {}
