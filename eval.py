@@ -360,7 +360,7 @@ def outlined(image, mask, names=None):
     """A photograph with its mask: uint8 (H, W, 3), classes (H, W), or VOID -> a picture of its size.
 
     Classes are tinted and outlined, with a white line around. Where the mask is VOID the photograph stays as
-    it is. With `names` each class is named where it is widest.
+    it is. With `names` each class of more than 0.2 % is named where it is widest.
     """
     size, longest, tint = np.array(mask.shape[::-1]), max(mask.shape), data.palette()[mask]
     picture = np.array(Image.blend(Image.fromarray(image), Image.fromarray(tint), 0.4))
@@ -369,7 +369,8 @@ def outlined(image, mask, names=None):
     picture[edge], picture[rest], picture[edge & rest] = tint[edge], image[rest], 255
     picture, small = Image.fromarray(picture), np.pad(mask[::step, ::step], 1, constant_values=data.VOID)
     pen = ImageDraw.Draw(picture)
-    for c in np.unique(small)[:-1] if names else ():      # the last is VOID, of the border
+    pixels = np.bincount(small.flatten(), minlength=256)[:data.VOID]
+    for c in np.flatnonzero(500 * pixels > small.size) if names else ():          # specks have no name
         y, x = np.unravel_index(distance_transform_edt(small == c).argmax(), small.shape)
         half = np.array([pen.textlength(names[c], font_size=letters) / 2, letters])   # keep it inside
         at = np.clip([(x - 1) * step, (y - 1) * step], half, np.maximum(size - half, half))

@@ -1595,7 +1595,8 @@ def test_overlays_leave_the_photograph_where_nothing_is_tint_and_outline_each_cl
     changed = (names != bare).any(2)
     assert changed[:, 8:48].sum() > 50 and changed[:, 48:88].sum() > 50           # each on its own ground
     assert not changed[:20].any() and not changed[44:].any()
-    edge = np.full((64, 96), 255, np.uint8)
+    mask[0, 0], edge = 3, np.full((64, 96), 255, np.uint8)
+    evaluation.outlined(image, mask, ["", "first", "second"])                     # a speck needs no name
     edge[:, :3] = 1                                       # thinner than its name
     named, bare = (np.array(evaluation.outlined(image, edge, names)) for names in (["", "class"], None))
     assert np.ptp(np.flatnonzero((named != bare).any((0, 2)))) > 20               # not cut by the border
@@ -2134,12 +2135,13 @@ def test_the_adjusted_rand_index_counts_pairs_of_windows():
     assert how_many.adjusted_rand(a, (a + 1) % 3, 3) == 1 == how_many.adjusted_rand(a * 0, a * 0, 2)
 
 
-def test_clusters_that_are_there_are_stable_and_others_are_not():
-    rng = np.random.default_rng(0)                        # 20 images with 12 windows of 4 kinds
-    bank = [(10 * np.eye(8)[rng.integers(0, 4, 12)] + rng.normal(0, 1, (12, 8))).astype(np.float32)
-            for _ in range(20)]
-    halves = {k: np.mean(how_many.agreement(bank, k, rng)["halves"]) for k in (4, 8)}
-    assert halves[4] > 0.95 and halves[8] < 0.8
+def test_clusters_that_all_images_share_are_stable_and_those_of_single_images_over_starts_only():
+    rng = np.random.default_rng(0)                        # 20 images of 4 kinds of windows; 8 of a kind each
+    windows = lambda kinds: (10 * np.eye(8)[kinds] + rng.normal(0, 1, (12, 8))).astype(np.float32)
+    shared = how_many.agreement([windows(rng.integers(0, 4, 12)) for _ in range(20)], 4, rng)
+    single = how_many.agreement([windows([i] * 12) for i in range(8)], 8, rng)
+    assert np.mean(shared["halves"]) > 0.95 and np.mean(single["starts"]) > 0.95
+    assert np.mean(single["halves"]) < 0.8
 
 
 def test_more_clusters_than_classes_are_scored_twice_and_predicted_as_classes(uninterrupted, tmp_path):
@@ -2194,6 +2196,19 @@ def test_predictions_have_the_images_own_size_and_class_indices(uninterrupted, t
     args.how = {}
     evaluation.predict(evaluation.restore(loaded), loaded, args)
     assert Image.open(out / "c_mask.png").size == (51, 95)
+
+
+def test_a_photograph_of_12_megapixels_has_a_mask_of_its_size_within_2_gb(tmp_path):
+    photo = save(tmp_path / "in" / "a.jpg", ("RGB", (4000, 3000), (90, 120, 30)))
+    args = options("--data", "folder", "--root", str(photo), "--backbone", "tiny", "--size", "128")
+    trainer = train.Trainer(args, model.backbone("tiny")[0], data.Folder(photo, 20),
+                            {"centroids": torch.zeros(20, 128)}, torch.device("cpu"))
+    torch.save(train.checkpoint_of(trainer), tmp_path / "last.pt")
+    started, = program("eval.py", tmp_path / "last.pt", "--predict", photo, "--native", "--par", "--out",
+                       tmp_path / "out", wait=False)
+    _, status, used = os.wait4(started.pid, 0)
+    assert status == 0 and used.ru_maxrss * 1024 < 2e9, (started.stdout.read(), used.ru_maxrss)
+    assert Image.open(tmp_path / "out" / "a_mask.png").size == (4000, 3000)
 
 
 def test_an_unreadable_photograph_costs_its_own_mask_only(uninterrupted, tmp_path):

@@ -14,6 +14,7 @@ of some repetitions. Of more than WINDOWS windows every n-th is used.
 
 import argparse
 import sys
+import warnings
 from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +32,7 @@ from eval import confusion_matrix, load_checkpoint, plot  # noqa: E402
 
 CLASSES = (2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30)
 WINDOWS, REPEATS = 2000, 4
+warnings.filterwarnings("ignore", message="One of the clusters is empty")         # so it may be, in k-means
 HOW_TO_READ = "Take the largest K before `halves` falls: beyond it other images would give other clusters"
 
 
