@@ -54,7 +54,7 @@ import losses
 import model
 import par
 import train
-from tools import get_data, how_many
+from tools import bench, get_data, how_many
 
 HERE = Path(__file__).resolve().parent
 torch.set_num_threads(1)
@@ -808,6 +808,15 @@ def test_each_missing_piece_of_voc_is_named_with_the_command_that_gets_it(tmp_pa
         refused(lambda: data.VOC(tmp_path), lists / "train.txt", reason)
     (lists / "train.txt").unlink()
     refused(lambda: data.VOC(tmp_path), lists / "train.txt", get)
+
+
+def test_the_made_up_voc_of_bench_loads_as_voc_does(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "TRAIN", 3)
+    monkeypatch.setattr(bench, "VAL", 33)                 # the 33rd is the first scene again
+    bench.make_voc(tmp_path)
+    train_split, val = data.VOC(tmp_path), data.VOC(tmp_path, "val")
+    assert len(train_split) == 3 and len(val) == 33 and val.image(0).shape == (375, 500, 3)
+    assert np.array_equal(val.label(32), train_split.label(0)) and len(np.unique(val.label(0))) > 2
 
 
 @pytest.mark.parametrize("images, labels", (("images/train2017", "annotations/train2017"),

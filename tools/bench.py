@@ -3,6 +3,8 @@
     python tools/bench.py                                 # median of up to six calls each
     python tools/bench.py --quick                         # of up to three
     python tools/bench.py --only PAR                      # the cases whose name contains the word
+    python tools/bench.py --parts                         # the parts of a VOC run on this GPU, and a profile
+    python tools/bench.py --whole made --processes 2      # train.py on made-up images, as many as VOC's
 
 Textbook forms, written plainly below: PAR that holds all neighbours of all channels (AFA); class activation
 maps by one backward pass through the whole ViT for each class (TransFGU); attention as an explicit n x n
@@ -23,8 +25,10 @@ from a measured slope, not run.
 import argparse
 import copy
 import ctypes
+import itertools
 import multiprocessing
 import resource
+import subprocess
 import sys
 import tempfile
 import time
@@ -42,10 +46,12 @@ import cam                                                # noqa: E402
 import data                                               # noqa: E402
 import train                                              # noqa: E402
 import losses                                             # noqa: E402
+from eval import GROUP, segment                           # noqa: E402
 from model import BACKBONES, DMSA, VisionTransformer, normalise      # noqa: E402
 from par import BANDWIDTH, DILATIONS, EPS, ITERATIONS, OMEGA3, PAR  # noqa: E402
 
 BUDGET = 6.0                                              # seconds: a form timed so long is not called again
+TRAIN, VAL = 1464, 1449                                   # images of VOC
 KEPT = 35                                                 # of 70 windows: about what lies on the foreground
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3               # of glibc's malloc.h
 
@@ -307,11 +313,130 @@ def row(what, ours, textbook, mb=None, difference=None):
     return f"| {what} | {show(ours)} | {show(textbook)} | {ratio:.2f} | {memory} | {equal} |"
 
 
+# ----------------------------------------------------------------------------
+# A run of VOC: its parts on a GPU (or a CPU), and all of it on made-up images
+
+
+def timed(form, device):
+    """Median seconds of up to nine calls; the clock is read when the GPU has finished."""
+    wait, found = torch.cuda.synchronize if device.type == "cuda" else lambda: None, []
+    for _ in range(2):                                    # kernels are chosen, memory is taken
+        form()
+    wait()
+    while len(found) < 9 and sum(found) < BUDGET:
+        begin = time.perf_counter()
+        form()
+        wait()
+        found.append(time.perf_counter() - begin)
+    return float(np.median(found))
+
+
+def kernels(form):
+    """Profile a call: its table, seconds that the GPU computes, number of kernels; on a CPU 0 and 0."""
+    kinds = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[kinds.CPU, *[kinds.CUDA] * torch.cuda.is_available()]) as profile:
+        form()
+    found = profile.key_averages()
+    ran = [e for e in found if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation]
+    by = "self_device_time_total" if ran else "self_cpu_time_total"
+    table = found.table(sort_by=by, row_limit=15, max_name_column_width=50)
+    return table, sum(e.self_device_time_total for e in ran) / 1e6, sum(e.count for e in ran)
+
+
+def parts(backbone, crops):
+    """Print seconds of the parts of a VOC run, where a step's time goes, and where it waits for the GPU."""
+    torch.manual_seed(0)
+    gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if gpu else "cpu")
+    torch.backends.cudnn.allow_tf32 = False               # as train.py
+    args = train.parse(["--data", "voc", "--backbone", backbone])
+    vit = VisionTransformer(**BACKBONES[backbone][0]).to(device).eval().requires_grad_(False)
+    trainer = train.Trainer(args, vit, data.VOC, {}, device)
+    S, cells, epoch = args.size, args.size // vit.patch_size, 10
+    rand = lambda *shape: torch.rand(*shape, device=device)
+    draws = data.Draws(*(numbers.to(device) for numbers in data.draw(0, epoch, range(crops))))
+    part = train.Part(rand(crops, 3, S, S), rand(crops, 20, cells, cells), draws)
+    large, images, centroids = rand(1, 3, args.bank, args.bank), rand(GROUP, 3, S, S), rand(20, vit.embed_dim)
+    cut, masks = data.crop(part.image, draws, args.crop), rand(crops, 21, cells // 2, cells // 2)
+    squashed, size = np.zeros((GROUP, S, S, 3), np.uint8), (S, S)
+    steps = args.epochs * args.repeat * TRAIN / crops
+    windows = lambda: cam.window_features(vit, large, args.window)[0]
+    refine = lambda: trainer.par(cut, masks)
+
+    def step(bf16=True):
+        trainer.bf16 = bf16
+        trainer.train_step(*trainer.pseudo_labels([part], epoch), epoch, 0)
+
+    print(f"| {torch.cuda.get_device_name() if gpu else 'CPU'}, {backbone} | seconds | minutes of a run |")
+    print("|---|---|---|")
+    for name, form, times in (
+            (f"windows of an image, {len(windows())} kept", windows, TRAIN),
+            (f"CAM, {GROUP} images", lambda: cam.class_activation_maps(vit, images, centroids),
+             (TRAIN + VAL) / GROUP),
+            (f"evaluation, {GROUP} images", lambda: segment(trainer.network, (1, 6, 12, 18), squashed, size),
+             args.epochs * VAL / GROUP),
+            (f"PAR, {crops} crops", refine, steps), (f"step, {crops} crops, fp32", lambda: step(0), steps),
+            (f"step, {crops} crops, bf16", step, steps)):
+        seconds = timed(form, device)                     # in the end of the step in bf16
+        print(f"| {name} | {seconds:.4f} | {seconds * times / 60:.1f} |", flush=True)
+    (table, busy, count), (_, _, of_par) = kernels(step), kernels(refine)
+    print(table)
+    if gpu:
+        print(f"a step has {count} kernels, {of_par} of PAR, and keeps the GPU busy for {busy / seconds:.0%}")
+        torch.cuda.set_sync_debug_mode("warn")            # each place where a step waits is a warning
+        step()
+
+
+def make_voc(root):
+    """Made-up photographs of VOC's usual size and number, in its layout; 32 scenes in turn."""
+    base, scenes = Path(root) / "VOCdevkit" / "VOC2012", []
+    for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (base / folder).mkdir(parents=True, exist_ok=True)
+    for i in range(32):
+        scenes.append([Image.fromarray(x).resize((500, 375), Image.NEAREST) for x in data.shapes(i, 400)])
+        scenes[i][1].putpalette(data.palette().flatten().tolist())
+    for split, n in (("train", TRAIN), ("val", VAL)):
+        names = [f"{split}{i}" for i in range(n)]
+        (base / "ImageSets" / "Segmentation" / f"{split}.txt").write_text("\n".join(names))
+        for name, (image, label) in zip(names, itertools.cycle(scenes)):
+            image.save(base / "JPEGImages" / f"{name}.jpg", quality=90)
+            label.save(base / "SegmentationClass" / f"{name}.png")
+
+
+def whole(root, backbone, processes, options):
+    """An epoch of train.py on made-up images, with random weights: its lines, and when they came."""
+    make_voc(root)
+    weights, out = Path(root) / f"{backbone}.pt", Path(root) / "runs" / "voc"
+    torch.save(VisionTransformer(**BACKBONES[backbone][0]).state_dict(), weights)
+    several = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"] if processes > 1 else []
+    command = [sys.executable, *several, train.__file__, "--data", "voc", "--root", root, "--epochs", "1",
+               "--backbone", backbone, "--weights", weights, "--out", out, *options]
+    begin = time.time()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
+        for line in run.stdout:
+            print(f"{time.time() - begin:8.1f} s  {line}", end="", flush=True)
+    most = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9
+    print(f"{most:.2f} GB of memory in the largest process")
+    sys.exit(run.returncode)
+
+
 def main():
     p = argparse.ArgumentParser(description="Time and memory of DMSA's parts beside their textbook forms.")
     p.add_argument("--quick", action="store_true", help="half the repetitions")
     p.add_argument("--only", default="", metavar="WORD", help=f"of: {', '.join(CASES)} (default: all)")
-    args = p.parse_args()
+    p.add_argument("--parts", action="store_true", help="instead: the parts of a VOC run on this GPU or CPU")
+    p.add_argument("--crops", type=int, default=85, help="of --parts: in a step (default: 85, of 512 / 6)")
+    p.add_argument("--whole", metavar="DIR", help="instead: make up as many images as VOC has, there, and "
+                   "train on them for an epoch; further options go to train.py")
+    p.add_argument("--processes", type=int, default=1, help="of --whole (default: 1)")
+    p.add_argument("--backbone", choices=BACKBONES, default="vits8", help="of these two (default: vits8)")
+    args, options = p.parse_known_args()
+    if args.whole:
+        whole(args.whole, args.backbone, args.processes, options)
+    elif options:
+        p.error(f"unknown: {' '.join(options)}")
+    if args.parts:
+        return parts(args.backbone, args.crops)
     chosen = [case for case in CASES if args.only in case]
     if not chosen:
         p.error(f"--only {args.only}: none of {', '.join(CASES)}")
