@@ -2370,7 +2370,7 @@ def test_evaluation_on_cuda_equals_the_cpus_to_the_pixel_but_for_ties(uninterrup
     network, size = evaluation.restore(checkpoint), (64, 64)
     cpu = copy.deepcopy(network).cpu()
     for refine in (None, par.PAR()):
-        ours, theirs = (evaluation.segment(net, checkpoint["rates"], images, size, refine).cpu()
+        ours, theirs = (evaluation.segment(net, checkpoint["rates"], images, size, refine)[0].cpu()
                         for net in (network.to(GPU), cpu))
         pixels = data.to_float(images)
         maps = cpu(model.normalise(pixels), checkpoint["rates"])
