@@ -2170,6 +2170,10 @@ def test_more_clusters_than_classes_are_scored_twice_and_predicted_as_classes(un
          "1", "--out", tmp_path / "out")
     ends(0, "", "eval.py", last, "--clusters")            # of a labelled data set, too
     ends(2, "--classes 8, now 9", "train.py", *RUN, "--classes", "9", "--out", tmp_path / "run")
+    source = data.Shapes()
+    source.things = 8                                     # last.pt has classes also before the first scores
+    assert train.Trainer(options(), small_vit(), source, {}, torch.device("cpu")).assignment == [
+        0, 1, 2, 3, 4, 5, 0, 1, 2]
     (tmp_path / "run" / "names.txt").write_text("1 = dog")
     ends(2, "class names of its own", "eval.py", last, "--predict", photo)
 
