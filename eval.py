@@ -544,7 +544,6 @@ def predict(network, checkpoint, args):
     page([], ["legend", *[""] * 5], names).save(out / "legend.png")
     progress = Progress("masks: photograph", len(number_of))
     for count, (name, i) in enumerate(number_of.items(), 1):
-        progress(count)
         try:
             image = found.image(i)
         except UserError as error:                        # the others are still worth having
@@ -556,9 +555,11 @@ def predict(network, checkpoint, args):
         picture.putpalette(colours.flatten().tolist())    # the file holds class indices, viewers show colours
         picture.save(out / f"{name}_mask.png")
         shown = np.where(mask > 0, mask, data.VOID).astype(np.uint8) if checkpoint["background"] else mask
-        outlined(image, shown, names).save(out / f"{name}_overlay.png")
+        # by default Pillow takes longer to compress a photograph than all else here takes
+        outlined(image, shown, names).save(out / f"{name}_overlay.png", compress_level=1)
         counts = np.bincount(mask.flatten(), minlength=len(names)) / mask.size
         shares[name] = {names[c]: round(float(counts[c]), 4) for c in np.flatnonzero(counts)}
+        progress(count)
     (out / "predictions.json").write_text(json.dumps(shares, indent=1))
     print(f"wrote {len(shares)} masks, {len(shares)} overlays, legend.png and predictions.json to {out}/")
     if len(shares) < len(number_of):
