@@ -193,8 +193,8 @@ def open_image(path, upright=False, least=None):
 
     upright   turn it as its EXIF says: right for one's own photographs, wrong for data sets whose masks are
               not turned
-    least     pixels a side that are enough: a picture that has several times as many is reduced so often,
-              a JPEG while it is decoded. A JPEG of more than REDUCED pixels is halved or quartered anyway
+    least     pixels a side that are enough: a picture k times as large is reduced k times, a JPEG
+              already while it is decoded. A JPEG of more than REDUCED pixels is halved or quartered anyway
     """
     with opened(path) as image:
         is_16_bit = ";16" in str(image.tile[:1])

@@ -251,7 +251,7 @@ def evaluate(labelled, predict, n, k=None, heads=1):
 
 
 def reduced(image, unit=1):
-    """Rows and columns, in whole units of pixels, that an image (H, W, 3) has within MOST pixels a side."""
+    """(rows, columns) of an image (H, W, 3) at most MOST pixels a side, each in whole units of pixels."""
     shrink = min(1, MOST / max(image.shape[:2]))
     return tuple(max(unit, round(side * shrink / unit) * unit) for side in image.shape[:2])
 
@@ -477,7 +477,7 @@ def open_split(checkpoint, args, split="val"):
     """The split of the data set that --data and --root name; the checkpoint's own by default."""
     trained = checkpoint["args"]
     source = data.dataset(args.data or trained["data"], args.root or trained["root"], split,
-                          trained["classes"], trained["seed"])
+                          trained["classes"] or len(checkpoint["names"]), trained["seed"])
     if args.limit:
         source.limit(args.limit)
     if len(source.names) != len(checkpoint["names"]):
@@ -543,7 +543,8 @@ def predict(network, checkpoint, args):
     out, shares = out_folder(args, *args.predict), {}
     page([], ["legend", *[""] * 5], names).save(out / "legend.png")
     progress = Progress("masks: photograph", len(number_of))
-    for count, (name, i) in enumerate(number_of.items(), 1):
+    for done, (name, i) in enumerate(number_of.items()):
+        progress(done)
         try:
             image = found.image(i)
         except UserError as error:                        # the others are still worth having
@@ -559,7 +560,7 @@ def predict(network, checkpoint, args):
         outlined(image, shown, names).save(out / f"{name}_overlay.png", compress_level=1)
         counts = np.bincount(mask.flatten(), minlength=len(names)) / mask.size
         shares[name] = {names[c]: round(float(counts[c]), 4) for c in np.flatnonzero(counts)}
-        progress(count)
+    progress(len(number_of))
     (out / "predictions.json").write_text(json.dumps(shares, indent=1))
     print(f"wrote {len(shares)} masks, {len(shares)} overlays, legend.png and predictions.json to {out}/")
     if len(shares) < len(number_of):

@@ -1,7 +1,7 @@
 """DMSA's network: a DINO ViT (Eq. 2), ASPP behind its last attention (Fig. 1), Segmenter's decoder (Eq. 3).
 
     image (B, 3, H, W) --frozen blocks, last attention--> patch tokens x, msa (B, D, h, w)
-                       --head: x + msa + ASPP(msa), last MLP, norm, decoder--> logits (B, N, h, w)
+                       --head: x + msa + 0.1 ASPP(msa), last MLP, norm, decoder--> logits (B, N, h, w)
 
 The ViT is frozen; a head (ASPP and decoder) is what trains. Student and teacher are two heads on the same
 features, the teacher the moving average of the student (Fig. 2).

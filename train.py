@@ -81,9 +81,9 @@ SETTINGS = {
         scales=cam.SCENE_SCALES, batch=256, epochs=200, teacher_weight=0.5, teacher_start=2, intervals=(2,)),
     "folder": COMMON | dict(backbone="vits16", window=224, batch=16, classes=20),  # decision 32
 }
-# Rows of the paper's tables that are not DMSA. In the released code ASPP never reaches the tokens and PAR is
-# commented out: it is TransFGU with L_seg and another fusion weight (docs/decisions.md, "What the released
-# code does"). A lambda of None is the data set's own.
+# Other methods: TransFGU's, and DMSA as its authors released it. In the released code ASPP never reaches the
+# tokens and PAR is commented out: it is TransFGU with L_seg and another fusion weight (docs/decisions.md,
+# "What the released code does"). A lambda of None is the data set's own.
 RELEASED = dict(aspp="none", par=(), cam_scale="crop", teacher="reset", dropout=0.1, losses_at="patches")
 PRESETS = {"dmsa": {}, "released": RELEASED,
            "transfgu": RELEASED | dict(teacher_weight=0.5, lambdas=(0.0, None, None, None))}
@@ -869,7 +869,7 @@ def end_on_signals():
 OPTIONS = {
     "root": (str, None, "DIR", "folder of the data sets, or of the images for --data folder"),
     "classes": (int, (2, 254), "K", "clusters to look for, besides the background; other data sets than "
-                "folder look for as many as they have classes, or for more"),
+                "folder look for as many as they have classes, or for more (not cocostuff27)"),
     "backbone": (tuple(BACKBONES), None, None, "pretrained ViT"),
     "weights": (str, None, "FILE", "weights of that backbone (default: fetched once; tiny is shipped)"),
     "out": (str, None, "DIR", "run folder (default: runs/<data>); caches go beside it, to runs/cache"),
@@ -879,8 +879,8 @@ OPTIONS = {
                    "the result stays the same, but for --dropout"),
     "lr": (float, (0, 1), "X", "learning rate of Adam, constant"),
     "size": (int, (1, 4096), "PIXELS", "side of the squashed image; for patches of 14 pixels 336. If it "
-             "is another than the default, crops are half as large, and the images that windows are cut from "
-             "twice. Smaller is faster and worse"),
+             "is another than the default, crops have half of it, the images that windows are cut from twice, "
+             "and windows the same. Smaller is faster and worse"),
     "limit": (int, (1, math.inf), "N", "use the first N images of each split (default: all)"),
     "seed": (int, (0, 2 ** 32 - 1), "N", "of everything; for shapes also of the scenes"),
     "workers": (int, (1, math.inf), "N", "threads that decode images"),
@@ -917,7 +917,7 @@ def option_parser():
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--data", choices=data.NAMES, default="shapes", help="data set (default: shapes)")
     p.add_argument("--preset", choices=tuple(PRESETS), default="dmsa",
-                   help="a row of the paper's tables (default: dmsa)")
+                   help="DMSA, TransFGU, or DMSA as its authors released it (default: dmsa)")
     p.add_argument("--dry-run", action="store_true",
                    help="check options, data and weights, print the settings, and stop")
     words = lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -38,7 +38,7 @@ ROWS = {
     "aspp": ("+ ASPP", " ✓ ", "NO_SEG --par"),
     "par": ("+ PAR", "  ✓", "NO_SEG --aspp none"),
     "all": ("all (DMSA)", "✓✓✓", ""),
-    "paper": ("the first row, TransFGU's teacher and fusion", "   ",
+    "paper": ("L_CE + L_un + L_cls, TransFGU's teacher, fusion", "   ",
               "NO_SEG --aspp none --par --teacher reset --teacher-weight 0.5"),
     "no-seg": ("all, without L_seg", " ✓✓", "NO_SEG"),
     "no-aspp": ("all, without ASPP", "✓ ✓", "--aspp none"),

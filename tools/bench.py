@@ -421,7 +421,8 @@ def whole(root, backbone, processes, options):
 
 
 def main():
-    p = argparse.ArgumentParser(description="Time and memory of DMSA's parts beside their textbook forms.")
+    p = argparse.ArgumentParser(description="Time and memory of DMSA's parts beside their textbook forms.",
+                                allow_abbrev=False)       # other options go to train.py
     p.add_argument("--quick", action="store_true", help="half the repetitions")
     p.add_argument("--only", default="", metavar="WORD", help=f"of: {', '.join(CASES)} (default: all)")
     p.add_argument("--parts", action="store_true", help="instead: the parts of a VOC run on this GPU or CPU")
@@ -429,7 +430,8 @@ def main():
     p.add_argument("--whole", metavar="DIR", help="instead: make up as many images as VOC has, there, and "
                    "train on them for an epoch; further options go to train.py")
     p.add_argument("--processes", type=int, default=1, help="of --whole (default: 1)")
-    p.add_argument("--backbone", choices=BACKBONES, default="vits8", help="of these two (default: vits8)")
+    p.add_argument("--backbone", choices=BACKBONES, default="vits8",
+                   help="of --parts and --whole (default: vits8)")
     args, options = p.parse_known_args()
     if args.whole:
         whole(args.whole, args.backbone, args.processes, options)

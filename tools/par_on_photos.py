@@ -16,7 +16,7 @@ that mean. Three coarse masks:
 
 `bilinear` only enlarges the mask, as training does with --par and no number. PAR enlarges it with aligned
 corners before its first iteration, as AFA's does; the columns "not aligned" enlarge it without. The last two
-columns are AFA's rates minus 1,2,4,8, image by image.
+columns are AFA's dilations minus 1,2,4,8, image by image.
 """
 
 import argparse
