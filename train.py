@@ -879,8 +879,8 @@ OPTIONS = {
                    "the result stays the same, but for --dropout"),
     "lr": (float, (0, 1), "X", "learning rate of Adam, constant"),
     "size": (int, (1, 4096), "PIXELS", "side of the squashed image; for patches of 14 pixels 336. If it "
-             "is another than the default, crops have half of it, the images that windows are cut from twice, "
-             "and windows the same. Smaller is faster and worse"),
+             "is another than the default, crops have half of it, the images that windows are cut from "
+             "twice, and windows the same. Smaller is faster and worse"),
     "limit": (int, (1, math.inf), "N", "use the first N images of each split (default: all)"),
     "seed": (int, (0, 2 ** 32 - 1), "N", "of everything; for shapes also of the scenes"),
     "workers": (int, (1, math.inf), "N", "threads that decode images"),

@@ -4,8 +4,8 @@
 
 The run's own windows are taken, from runs/cache; without them they are computed again. For each K:
 
-    halves   k-means on the one and on the other half of the images, in up to 64 blocks; all windows are assigned
-             to the centroids of the one and of the other, and the two assignments are compared
+    halves   k-means on the one and on the other half of the images, in up to 64 blocks; all windows are
+             assigned to the centroids of the one and of the other, and the two assignments are compared
     starts   k-means on all images from other starting points (each the best of five, as in a run)
 
 Both are adjusted Rand indices: 1 for the same clusters, 0 for what chance gives; mean and standard deviation
@@ -67,7 +67,7 @@ def agreement(bank, k, rng):
 
 
 def windows(run, root):
-    """The windows of the run in this folder, about WINDOWS of them: a list of (M, D), each of other images."""
+    """About WINDOWS windows of the run in this folder: a list of (M, D), each of other images."""
     checkpoint = load_checkpoint(run / "last.pt")
     args = SimpleNamespace(**checkpoint["args"] | {"out": str(run)} | ({"root": root} if root else {}))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
