@@ -271,6 +271,17 @@ def test_the_four_losses_are_those_of_the_textbook():
     assert losses.class_loss(torch.ones(1, 3, 4)).item() == pytest.approx(2)
 
 
+def test_hard_labels_reach_par_as_one_class_a_patch_until_the_teacher_takes_part():
+    cam, seen = losses.min_max(torch.rand(2, 3, 4, 5)), []
+    refine = lambda masks: seen.append(masks) or masks
+    label, _ = losses.pseudo_label(cam, None, refine, 0.7, hard=True)
+    assert torch.equal(seen[0], F.one_hot(losses.with_background(cam).argmax(1), 4).movedim(3, 1).float())
+    assert torch.equal(label, losses.pseudo_label(cam, None, refine, 0.7)[0])     # without PAR the same
+    assert torch.equal(seen[1], losses.with_background(cam))
+    losses.pseudo_label(cam, logits := randn(2, 4, 4, 5), refine, 0.7, hard=True)
+    assert torch.equal(seen[2], losses.fuse(losses.with_background(cam), logits, 0.7))
+
+
 def test_every_loss_keeps_float64_and_has_the_gradient_that_it_should():
     logits, c = randn(2, 3, 2, 2).double().requires_grad_(), randn(2, 3, 4).double().requires_grad_()
     label, permutation = torch.randint(0, 3, (2, 2, 2)), torch.tensor([1, 2, 0])
@@ -2253,6 +2264,21 @@ def test_masks_never_lie_among_photographs_nor_on_one_another(uninterrupted, tmp
     assert {p.name: p.read_bytes() for p in photos.iterdir()} == before
 
 
+def test_progress_is_told_now_and_then_in_a_file_and_on_one_line_of_a_terminal(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(evaluation, "time", SimpleNamespace(time=lambda: now[0]))
+    line = "step {0} of 100, {0} s, about {1} s left".format
+    for terminal, expected in (
+            (False, f"{line(40, 60)}\n{line(80, 20)}\n"),
+            (True, "".join(f"{line(n, 100 - n)}\x1b[K\r" for n in (40, 60, 80)) + "\x1b[K")):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
+        now[0] = 0.0
+        progress = evaluation.Progress("step", 100)
+        for now[0] in (40.0, 60.0, 80.0, 100.0):
+            progress(int(now[0]))
+        assert capsys.readouterr().out == expected
+
+
 def test_segment_takes_the_mean_over_the_mirror_image_and_each_head_by_itself():
     network, rates = model.DMSA(small_vit(), 4).eval(), (1, 1, 2, 3)
     network.teacher.decoder.cls_emb.data = randn(*network.teacher.decoder.cls_emb.shape, seed=5)
@@ -2290,6 +2316,7 @@ def test_eval_prints_the_scores_of_the_log_and_draws_its_pictures(uninterrupted,
 
 
 @pytest.mark.parametrize("args, message", [
+    ("--data folder --root assets --clusters", "has 6 classes, the data set 7"),
     ("--explain none.png", "none.png: cannot read"), ("--predict README.md", "1 of 1 images have no mask"),
     ("--predict assets --out /proc/nowhere", "/proc/nowhere: No such file or directory")])
 def test_what_a_user_asks_wrong_of_eval_is_one_line_and_exit_code_2(uninterrupted, tmp_path, args, message):
@@ -2816,7 +2843,7 @@ def test_golden_training_step(z, c, monkeypatch):
     L2 on matrices alone. Losses are within 1e-5, gradients and new weights within 1e-6 (lr is 1e-4)."""
     args = train.parse(["--data", "voc", "--size", "160", "--preset", "transfgu", "--dropout", "0",
                         "--lambdas", "0", *map(str, c["loss_weights"]), "--lr", str(c["adam"]["lr"])])
-    source = SimpleNamespace(names=range(c["n_cls"]), things=c["n_cls"] - 1, background=True)
+    source = SimpleNamespace(names=range(c["n_cls"]), things=c["n_cls"] - 1, stuff=0, background=True)
     trainer = train.Trainer(args, golden_vit(c["salts"]["encoder"]), source, {}, torch.device("cpu"))
     network, rates = trainer.network, (1, 1, 2, 3)
     student, teacher = network.student.decoder, network.teacher.decoder
