@@ -685,6 +685,10 @@ def main():
             score(network, checkpoint, args)
     except OSError as error:
         sys.exit(data.report(error))
+    except RuntimeError as error:
+        if "out of memory" not in str(error):
+            raise
+        sys.exit(data.report(f"not enough GPU memory; free it, or use --device cpu ({str(error)[:200]!r})"))
 
 
 if __name__ == "__main__":

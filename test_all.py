@@ -2051,6 +2051,12 @@ def test_what_goes_wrong_on_a_gpu_or_between_processes_is_one_line_that_claims_n
         text = capsys.readouterr().err
         assert words in text and (len(text.splitlines()) == 1) == ("Traceback" not in text), text
     monkeypatch.undo()
+    monkeypatch.setattr(sys, "argv", ["eval.py", "run.pt"])
+    monkeypatch.setattr(evaluation, "load_checkpoint", raising(RuntimeError("CUDA out of memory.\nTried")))
+    with pytest.raises(SystemExit, match="2"):
+        evaluation.main()
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    monkeypatch.undo()
     monkeypatch.setattr(train, "WORLD", 2)
     for name, value in dict(RANK="0", MASTER_ADDR="here", MASTER_PORT="1").items():
         monkeypatch.setenv(name, value)
