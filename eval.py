@@ -494,7 +494,7 @@ def score(network, checkpoint, args):
         labelled = ((whole_patches(source.image(i), network.vit.patch_size)[None], source.label(i)[None])
                     for i in range(len(source)))
     else:
-        labelled = ((np.stack([data.squash(source.image(i), size) for i in group]),
+        labelled = ((np.stack([source.squashed(i, size) for i in group]),
                      np.stack([data.squash(source.label(i), size, "nearest") for i in group]))
                     for group in groups(len(source)))
     predict = partial(segment, network, checkpoint["rates"], **args.how)

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cam                                                # noqa: E402
 import data                                               # noqa: E402
 import train                                              # noqa: E402
-from eval import confusion_matrix, load_checkpoint, plot  # noqa: E402
+from eval import available, confusion_matrix, load_checkpoint, plot   # noqa: E402
 
 CLASSES = (2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30)
 WINDOWS, REPEATS = 2000, 4
@@ -70,7 +70,7 @@ def windows(run, root):
     """About WINDOWS windows of the run in this folder: a list of (M, D), each of other images."""
     checkpoint = load_checkpoint(run / "last.pt")
     args = SimpleNamespace(**checkpoint["args"] | {"out": str(run)} | ({"root": root} if root else {}))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(available("auto"))
     source = train.open_data(args, checkpoint)["train"]
     vit, digest = train.frozen_vit(args, checkpoint, device)
     bank = train.window_bank(args, source, vit, digest, device)
