@@ -51,16 +51,6 @@ def with_background(cam, threshold=THRESHOLD):
     return torch.cat([F.relu(threshold - cam.amax(1, keepdim=True)), cam], dim=1)
 
 
-def cam_probabilities(cam, background=True, threshold=THRESHOLD):
-    """Class activation maps of any scale as one map a class, in [0, 1]; they do not sum to 1 (TransFGU).
-
-    cam         (B, K, h, w)  any scale
-    background  put a background channel first
-    returns     (B, K + 1, h, w) or, without background, (B, K, h, w)
-    """
-    return with_background(min_max(cam), threshold) if background else min_max(cam)
-
-
 def fuse(cam, teacher_logits, teacher_weight):
     """Fig. 2: (1 - teacher_weight) * CAM + teacher_weight * softmax(teacher); all (B, N, h, w).
 

@@ -226,13 +226,13 @@ def test_par_gives_the_same_however_many_images_it_takes_at_once_and_names_a_wro
 # losses.py
 
 
-def test_cam_probabilities_put_a_background_below_half_the_threshold_and_fusion_weighs_the_teacher():
+def test_cams_get_a_background_below_half_the_threshold_and_fusion_weighs_the_teacher():
     cam_maps = torch.tensor([[0.0, 0.04, 0.06, 1.0], [0.0, 0.0, 0.0, 0.2]]).view(1, 2, 1, 4)
-    p = losses.cam_probabilities(5 + 3 * cam_maps)        # any scale and offset
+    p = losses.with_background(losses.min_max(5 + 3 * cam_maps))                  # any scale and offset
     assert_close(p[0, :, 0], torch.tensor([[0.1, 0.06, 0.04, 0], [0, 0.04, 0.06, 1], [0, 0, 0, 0.2]]))
     assert p.argmax(1).flatten().tolist() == [0, 0, 1, 1]
-    assert_close(losses.cam_probabilities(cam_maps, background=False), cam_maps)
-    p = losses.cam_probabilities(torch.full((1, 3, 2, 2), 0.7))                   # constant: not NaN
+    assert_close(losses.min_max(cam_maps), cam_maps)
+    p = losses.with_background(losses.min_max(torch.full((1, 3, 2, 2), 0.7)))     # constant: not NaN
     assert torch.equal(p[:, 0], torch.full((1, 2, 2), 0.1)) and p[:, 1:].eq(0).all()
     p, teacher = torch.rand(2, 3, 4, 4), randn(2, 3, 4, 4)
     share = torch.exp(teacher) / torch.exp(teacher).sum(1, keepdim=True)
