@@ -617,11 +617,11 @@ def shapes(seed, size=128):
 
 
 class Shapes(Dataset):
-    """Scenes of `shapes`: 400 for training, 200 for validation; another `seed` gives other scenes of both."""
+    """Scenes of `shapes`: 400 for training, 100 for validation; another `seed` gives other scenes of both."""
     names, things, images, labels = ["background", *SHAPES], len(SHAPES), (), ()
 
     def __init__(self, split="train", seed=0):
-        self.ids = [(seed, int(split == "val"), i) for i in range(400 if split == "train" else 200)]
+        self.ids = [(seed, int(split == "val"), i) for i in range(400 if split == "train" else 100)]
 
     def image(self, i):
         return shapes(self.ids[i])[0]

@@ -1009,11 +1009,14 @@ def test_photographs_of_ones_own_are_antialiased_and_reduced_and_those_of_data_s
 HUGE = """
 import sys
 import data
+def peak():                                               # in KB; ru_maxrss would be the parent's
+    return int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0])
+imports = peak()                                          # torch for a GPU takes twice as much
 photo = data.Folder(sys.argv[1])
 squashed = photo.squashed(0, 320)
 assert squashed[:, 0].min() > 220 and squashed[:, -1].max() < 30                  # turned
 assert photo.image(0).shape == (6000, 4500, 3) and data.upright_size(photo.images[0]) == (9000, 12000)
-print(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0])         # KB; maxrss is the parent's
+print(peak() - imports)
 """
 
 
@@ -1022,7 +1025,7 @@ def test_a_jpeg_of_108_megapixels_is_reduced_while_it_is_decoded(tmp_path):
     exif[0x112] = 6
     save(tmp_path / "a.jpg", Image.linear_gradient("L").resize((12000, 9000)).convert("RGB"), exif=exif)
     done = subprocess.run([sys.executable, "-c", HUGE, tmp_path], cwd=HERE, capture_output=True, text=True)
-    assert done.returncode == 0 and int(done.stdout) < 0.8e6, done
+    assert done.returncode == 0 and int(done.stdout) < 0.5e6, done
 
 
 # ---- hostile files

@@ -375,7 +375,8 @@ def parts(backbone, crops):
              (TRAIN + VAL) / GROUP),
             (f"evaluation, {GROUP} images", lambda: segment(trainer.network, (1, 6, 12, 18), squashed, size),
              args.epochs * VAL / GROUP),
-            (f"PAR, {crops} crops", refine, steps), (f"step, {crops} crops, fp32", lambda: step(0), steps),
+            (f"PAR, {crops} crops", refine, steps),
+            (f"step, {crops} crops, fp32", lambda: step(bf16=False), steps),
             (f"step, {crops} crops, bf16", step, steps)):
         seconds = timed(form, device)                     # in the end of the step in bf16
         print(f"| {name} | {seconds:.4f} | {seconds * times / 60:.1f} |", flush=True)

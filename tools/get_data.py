@@ -73,7 +73,7 @@ COCO = (
 ARCHIVES = {"voc": (VOC,), "voc-aug": (SBD,), "coco80": COCO, "cocostuff27": COCO}
 
 # images of the two splits, as published (COCO: those with a thing)
-COUNTS = {"shapes": (400, 200), "voc": (1464, 1449), "voc-aug": (10582, 1449),
+COUNTS = {"shapes": (400, 100), "voc": (1464, 1449), "voc-aug": (10582, 1449),
           "coco80": (117266, 4952), "cocostuff27": (117266, 4952)}
 
 
