@@ -821,6 +821,16 @@ def test_each_missing_piece_of_voc_is_named_with_the_command_that_gets_it(tmp_pa
     refused(lambda: data.VOC(tmp_path), lists / "train.txt", get)
 
 
+def test_bench_times_every_part_of_a_run(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setitem(train.SETTINGS, "voc",
+                        train.SETTINGS["voc"] | dict(size=64, crop=32, bank=128, window=64))
+    monkeypatch.setattr(bench, "BUDGET", 1e-3)
+    bench.parts("tiny", 2)
+    rows = re.findall(r"^\| (\w+)\b.* \| [\d.]+ \| [\d.]+ \|$", capsys.readouterr().out, re.M)
+    assert rows == ["windows", "CAM", "evaluation", "PAR", "step", "step"]
+
+
 def test_the_made_up_voc_of_bench_loads_as_voc_does(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "TRAIN", 3)
     monkeypatch.setattr(bench, "VAL", 33)                 # the 33rd is the first scene again
