@@ -458,8 +458,10 @@ def plot(pen, left, title, lines, top=40, width=380, height=250, axis="epoch"):
     for mark in marks:
         pen.text((left - 42, at(0, mark)[1] - 6), f"{mark:g}", "#666666")
         pen.line([at(0, mark), at(last, mark)], fill="#eeeeee")
-    pen.text((left, top + height + 6), axis, "#666666")
-    pen.text((left + width - 20, top + height + 6), str(last), "#666666")
+    pen.text((left - 42, top + height + 6), axis, "#666666")
+    epochs = sorted({epoch for line in lines.values() for epoch, _ in line}, reverse=True)
+    for epoch in epochs[::-(-len(epochs) // 12)]:         # twelve at most, the last among them
+        pen.text((at(epoch, low)[0] - 3 * len(str(epoch)), top + height + 6), str(epoch), "#666666")
     for i, (name, line) in enumerate(lines.items()):
         points = [at(*point) for point in line]
         if len(points) > 1:
