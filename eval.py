@@ -448,7 +448,8 @@ def plot(pen, left, title, lines, top=40, width=380, height=250, axis="epoch"):
     """One plot of lines {name: [(epoch, value), ...]} with its axes, drawn by `pen`."""
     colours = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#222222")
     values = [value for line in lines.values() for _, value in line]
-    last = max(epoch for line in lines.values() for epoch, _ in line)
+    epochs = sorted({epoch for line in lines.values() for epoch, _ in line})
+    last = epochs[-1]
     grain = next(g for g in (0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if max(values) <= 6 * g or g == 100)
     marks = np.arange(np.floor(min(0.0, *values) / grain), np.ceil(max(values) / grain) + 1) * grain
     low, high = marks[0], marks[-1]
@@ -459,8 +460,7 @@ def plot(pen, left, title, lines, top=40, width=380, height=250, axis="epoch"):
         pen.text((left - 42, at(0, mark)[1] - 6), f"{mark:g}", "#666666")
         pen.line([at(0, mark), at(last, mark)], fill="#eeeeee")
     pen.text((left - 42, top + height + 6), axis, "#666666")
-    epochs = sorted({epoch for line in lines.values() for epoch, _ in line}, reverse=True)
-    for epoch in epochs[::-(-len(epochs) // 12)]:         # twelve at most, the last among them
+    for epoch in epochs[::-1][::-(-len(epochs) // 12)]:   # twelve at most, the last among them
         pen.text((at(epoch, low)[0] - 3 * len(str(epoch)), top + height + 6), str(epoch), "#666666")
     for i, (name, line) in enumerate(lines.items()):
         points = [at(*point) for point in line]
