@@ -12,7 +12,8 @@ Needs torch, numpy and scipy. Copy this file anywhere (the picture needs pillow)
 
 The ViT is an argument. All that is asked of it: `patch_size`; `last_qkv(image)`, which gives the tokens that
 enter its last block, CLS first and patches last, and the q, k, v of that block's attention; `attn.proj`,
-`norm2` and `mlp` of blocks[-1]; a last `norm`; and `forward`. What a ViT of timm lacks of these:
+`norm2` and `mlp` of blocks[-1]; a last `norm`; and `forward`. What a ViT of timm (made with
+`dynamic_img_size=True`, since windows are smaller than images) lacks of these:
 
     def last_qkv(image):
         x, attn = vit.norm_pre(vit._pos_embed(vit.patch_embed(image))), vit.blocks[-1].attn
@@ -22,20 +23,20 @@ enter its last block, CLS first and patches last, and the q, k, v of that block'
         return x, *qkv.permute(2, 0, 3, 1, 4)
     vit.last_qkv, vit.patch_size = last_qkv, vit.patch_embed.patch_size[0]
 
-A ViTModel of HuggingFace has other names:
+A ViTModel of HuggingFace (transformers 5.24) has other names:
 
-    layers, last = model.encoder.layer[:-1], model.encoder.layer[-1]
+    last, any_size = model.layers[-1], dict(interpolate_pos_encoding=True)
     def last_qkv(image):
-        x, attn = model.embeddings(image), last.attention.attention
-        for layer in layers:
-            x = layer(x)[0]
+        x, attn = model.embeddings(image, **any_size), last.attention
+        for layer in model.layers[:-1]:
+            x = layer(x)
         heads = lambda y: y.unflatten(2, (attn.num_attention_heads, -1)).transpose(1, 2)
         y = last.layernorm_before(x)
-        return x, heads(attn.query(y)), heads(attn.key(y)), heads(attn.value(y))
-    block = SimpleNamespace(attn=SimpleNamespace(proj=last.attention.output.dense),
-                            norm2=last.layernorm_after, mlp=lambda x: last.output.dense(last.intermediate(x)))
+        return x, heads(attn.q_proj(y)), heads(attn.k_proj(y)), heads(attn.v_proj(y))
+    block = SimpleNamespace(attn=SimpleNamespace(proj=last.attention.o_proj), norm2=last.layernorm_after,
+                            mlp=last.mlp)
     vit = SimpleNamespace(patch_size=model.config.patch_size, last_qkv=last_qkv, blocks=[block],
-                          norm=model.layernorm, forward=model)
+                          norm=model.layernorm, forward=lambda image: model(image, **any_size))
 
 A last block that does something else (LayerScale, norms of q and k) is refused: `check_last_block`.
 
@@ -43,6 +44,7 @@ A last block that does something else (LayerScale, norms of q and k) is refused:
 """
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -50,12 +52,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from scipy.cluster.vq import kmeans2, vq
 
+# TransFGU's, but for RESTARTS and PATCHES_AT_ONCE
 THING_SCALES = (0.6, 0.5, 0.4, 0.3)                       # sides of the windows as shares of the image: VOC
 SCENE_SCALES = (0.5, 0.4, 0.3, 0.2)                       # COCO
 COVER, CLEAR = 0.5, 0.8                                   # least share of a window: foreground, background
 KEEP_MASS = 0.8                                           # share of a map's mass that is kept
-RESTARTS = 5                                              # of k-means
-# All but RESTARTS are TransFGU's (it has one start).
+RESTARTS = 5                                              # of k-means; TransFGU has one start
 PATCHES_AT_ONCE = {"cpu": 2_400, "cuda": 25_600}          # of windows: what a cache holds, what fills a GPU
 
 
@@ -163,7 +165,7 @@ def select_windows(mask, boxes, patch):
 
 
 def pixel_boxes(boxes, patch):
-    """Patches, both ends inclusive -> pixels, end exclusive; the last row and column are cut (TransFGU)."""
+    """Patches, both ends inclusive -> pixels, end exclusive, without the last row and column (TransFGU)."""
     return np.concatenate([boxes[:, :2] * patch, (boxes[:, 2:] + 1) * patch - 1], axis=1)
 
 
@@ -200,8 +202,8 @@ def window_features(vit, image, size, scales=THING_SCALES, stuff=False):
     return features
 
 
-def cluster(features, k, seed=0, restarts=RESTARTS):
-    """k-means of features (M, D), numpy or CPU tensor: centroids (k, D), numpy float32; best of some starts.
+def cluster(features, k, seed=0):
+    """k-means of features (M, D), numpy or CPU tensor: centroids (k, D), numpy float32; the best start's.
 
     Euclidean distance of un-normalised features, as TransFGU; its single start at random points often sticks
     in a poor optimum. Raises ValueError if there are fewer than k features.
@@ -211,7 +213,7 @@ def cluster(features, k, seed=0, restarts=RESTARTS):
         raise ValueError(f"{len(features)} windows are too few for {k} clusters: "
                          f"give more images or fewer classes")
     rng, best, lowest = np.random.default_rng(seed), None, np.inf
-    for _ in range(restarts):
+    for _ in range(RESTARTS):
         centroids, _ = kmeans2(features, k, iter=100, minit="++", rng=rng)
         inertia = (vq(features, centroids)[1] ** 2).sum()
         if inertia < lowest:
@@ -276,34 +278,22 @@ def class_activation_maps(vit, image, centroids):
 # The concept in one picture, by a ViT small enough to write by hand
 
 
-class HandViT(nn.Module):
+class HandViT:
     """One block, one head. A token is (1, saturation, red, green, blue); CLS attends to saturation."""
 
-    class Block(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.norm2 = nn.Identity()
-            self.attn = nn.Module()
-            self.attn.proj = nn.Identity()
-            self.attn.qkv = nn.Linear(5, 15, bias=False)
-            self.mlp = lambda x: torch.zeros_like(x)
-            weight = torch.zeros(15, 5)
-            weight[1, 0], weight[6, 1] = 25.0, 1.0                                # q k^T = 25 x saturation
-            weight[12, 2] = weight[13, 3] = weight[14, 4] = 1.0                   # v = colour
-            self.attn.qkv.weight.data = weight
-
-    patch_size = 8
-
     def __init__(self):
-        super().__init__()
-        self.blocks, self.norm = nn.ModuleList([self.Block()]), nn.LayerNorm(5)
+        self.patch_size, self.norm, self.qkv = 8, nn.LayerNorm(5), torch.zeros(5, 15)
+        self.qkv[0, 1], self.qkv[1, 6] = 25.0, 1.0                                # q k^T = 25 x saturation
+        self.qkv[2, 12] = self.qkv[3, 13] = self.qkv[4, 14] = 1.0                 # v = colour
+        attn = SimpleNamespace(proj=nn.Identity())
+        self.blocks = [SimpleNamespace(attn=attn, norm2=nn.Identity(), mlp=torch.zeros_like)]
 
     def last_qkv(self, image):
         rgb = F.avg_pool2d(image, 8).flatten(2).transpose(1, 2)                   # (B, hw, 3)
         rgb = rgb - rgb.mean(2, keepdim=True)
         tokens = torch.cat([torch.ones_like(rgb[..., :1]), rgb.norm(dim=2, keepdim=True), rgb], dim=2)
         tokens = torch.cat([tokens.new_tensor([1.0, 0, 0, 0, 0]).expand(len(image), 1, 5), tokens], dim=1)
-        return tokens, *self.blocks[0].attn.qkv(tokens)[:, None].chunk(3, dim=3)
+        return tokens, *(tokens @ self.qkv)[:, None].chunk(3, dim=3)
 
     def forward(self, image):
         x, q, k, v = self.last_qkv(image)

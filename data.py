@@ -93,9 +93,9 @@ def crop(x, draws, size, mode="bilinear"):
     """Cut and mirror x by the affine grid of `draws`; with the same draws, all that is cut moves alike.
 
     x         (B, C, S, S) image, CAM or label on any grid of S x S cells
-    size      side of the result in cells of that grid
+    size      side of the result: the square that is cut is resized to size x size cells
     mode      bilinear (images), nearest (labels), area (CAM: a cell is the mean of 2 x 2 bilinear samples)
-    returns   (B, C, size, size) in x's own type, of integers that are not taken `nearest` in float32
+    returns   (B, C, size, size) in x's own type; integers that are not taken `nearest` become float32
     """
     if mode == "area":
         return F.avg_pool2d(crop(x, draws, 2 * size), 2)
@@ -180,7 +180,7 @@ def opened(path, what="image"):
 
 
 def orientation(image):
-    """1 to 8 as EXIF has it, the keys of TURNS; 1, not turned, where that cannot be read."""
+    """1 to 8 as EXIF has it; 1, not turned, where that cannot be read."""
     try:
         found = image.getexif().get(0x112)
         return found if found in TURNS else 1
@@ -202,7 +202,7 @@ def open_image(path, upright=False, least=None):
         image.draft(None, [min(side // scale, least or side) for side in image.size])             # JPEG alone
         image.load()                                      # Pillow turns TIFF by itself here
         turn = TURNS.get(orientation(image)) if upright else None
-        unknown = UserError(f"{path}: which of its values is white is not known; make it an 8-bit image")
+        unknown = UserError(f"{path}: its file does not say which value is white; save it with 8 bits")
         if image.mode[0] in "IF":                         # 16-bit grey, 32-bit integers or floats
             values = np.asarray(image)
             if image.mode == "F" or not 0 <= values.min() <= values.max() < 2 ** 16:
@@ -229,7 +229,8 @@ def upright_size(path):
 def open_label(path, n_values=256, colours=None, gaps=()):
     """Decode a palette or grey PNG of class indices: uint8 (H, W), 255 void.
 
-    n_values  larger values (but 255) are an error; gaps: smaller ones that are
+    n_values  the values 0 to n_values - 1 are in use, but for the `gaps` among them, and 255; others are an
+              error
     colours   (256, 3) uint8. If given, a value that is used must have this colour, or the grey of its number,
               in the file's palette: a program that sorts palettes anew gives the classes other numbers
     Raises UserError naming the file.
@@ -242,8 +243,9 @@ def open_label(path, n_values=256, colours=None, gaps=()):
         given = np.array(image.getpalette() or []).reshape(-1, 3)                 # may be shorter than 256
     unknown = used[(used >= n_values) & (used != VOID) | np.isin(used, gaps)]
     if unknown.size:
-        raise UserError(f"{path}: label value {unknown[0]} is not in use in this data set, which counts "
-                        f"{n_values} values from 0, and 255; correct the file, or choose another data set")
+        raise UserError(f"{path}: label value {unknown[0]} is not in use in this data set (0 to "
+                        f"{n_values - 1}{', with gaps' if len(gaps) else ''}, and 255); correct the file, or "
+                        f"choose another data set")
     for value in used[used < min(len(given), VOID)] if colours is not None else ():
         colour, known = given[value].tolist(), colours[value].tolist()
         if colour not in (known, [value] * 3):
@@ -320,11 +322,10 @@ def coco_table(kind):
     return table
 
 
-def palette(n=256):
-    """PASCAL VOC's colours: (n, 3) uint8. Class indices are spread over the bits of the three channels."""
-    index = np.arange(n)
-    bit = lambda i, b: (i >> b) & 1
-    colour = [sum(bit(index, 3 * b + c) << (7 - b) for b in range(8 // 3 + 1)) for c in range(3)]
+def palette():
+    """PASCAL VOC's colours: (256, 3) uint8. Class indices are spread over the bits of the three channels."""
+    bit = lambda b: (np.arange(256) >> b) & 1
+    colour = [sum(bit(3 * b + c) << (7 - b) for b in range(3)) for c in range(3)]
     return np.stack(colour, 1).astype(np.uint8)
 
 
@@ -335,11 +336,11 @@ def palette(n=256):
 class Dataset:
     """Images with labels on disk. A subclass sets
 
-    ids, images, labels    names, and paths of the files; labels is empty if there are none
-    names           class names, in this order: background, things, stuff
-    things, stuff   how many clusters are either, which are found separately
-    background             class 0 is background, no cluster
-    upright                images are turned as their EXIF says
+    ids, images, labels    names of the samples, and paths of their files; no labels: ()
+    names                  of the classes, in this order: background, things, stuff
+    things, stuff          how many clusters k-means looks for, among the windows of each
+    background             whether class 0 is background, which is no cluster
+    upright                whether images are turned as their EXIF says
     table, n_values, colours, gaps    class of each value in the label files; for the others see `open_label`
     """
     stuff, background, upright = 0, True, False
@@ -393,7 +394,8 @@ class VOC(Dataset):
     def __init__(self, root="data", split="train", aug=False):
         aug = aug and split == "train"
         advice = f"get it with: python tools/get_data.py {'voc-aug' if aug else 'voc'} --root {root}"
-        base = first_folder(root, ("VOCdevkit/VOC2012", "VOC2012", "."), f"{advice}, or give another --root")
+        base = first_folder(root, ("VOCdevkit/VOC2012/ImageSets", "VOC2012/ImageSets", "ImageSets"),
+                            f"{advice}, or give another --root").parent
         file = base / "ImageSets" / "Segmentation" / f"{'train_aug' if aug else split}.txt"
         if not file.is_file():
             raise UserError(f"{file}: no such list; {advice}")
@@ -421,12 +423,12 @@ class COCO(Dataset):
     """COCO 2017 with stuffthingmaps. `kind`: coco80 (background + 80) or cocostuff27 (12 things + 15 stuff).
 
     Samples are the images whose map shows at least one thing pixel. TransFGU takes those with an instance
-    annotation, which differs where every instance is hidden in the map; no json is needed here. To find them
-    all maps are read once; the list is kept in `cache`, a folder, if given. An image whose map cannot be read
-    is a sample, so that it is named when it is used, not dropped; such a list is not kept.
+    annotation, which differs where every instance is hidden in the map; no json is needed here. To find the
+    samples, all maps are read once; the list is kept in `cache`, a folder, if given. An image whose map
+    cannot be read is a sample, so that it is named when it is used, not dropped; such a list is not kept.
     """
     n_values, colours = COCO_VALUES, np.arange(256)[:, None].repeat(3, 1)         # the maps are grey
-    gaps = [raw for raw, name in enumerate(COCO_THINGS) if name == "-"]           # but category ids use them
+    gaps = [raw for raw, name in enumerate(COCO_THINGS) if name == "-"]           # who has them counts from 1
 
     def __init__(self, root="data", split="train", kind="coco80", cache=None):
         advice = f"get it with: python tools/get_data.py {kind} --root {root}"
@@ -523,7 +525,7 @@ def _noise(rng, size, cells):
 
 
 def _background(rng, size, tint):
-    """1/f noise, grey with faint colour (`tint`: its standard deviation).
+    """1/f noise, grey with faint colour (`tint`: its strength).
 
     The same statistics in every image, so that it carries no identity.
     """

@@ -43,7 +43,7 @@ from model import BACKBONES, DMSA, VisionTransformer, normalise, read_tensors
 from par import PAR
 
 GROUP = 16                                                # images of one forward pass
-MOST = 1024                                               # pixels: photographs are computed at most so long
+MOST = 1024                                               # pixels: longest side at which masks are computed
 ROWS = {",".join(map(str, rates)): list(rates) for rates in TABLE_1.values()}     # "1,1,2,3": [1, 1, 2, 3]
 SHEET = 500                                               # images that clusters.png is made from, at most
 
@@ -62,7 +62,7 @@ def confusion_matrix(label, prediction, n, k=None):
     label, prediction = torch.as_tensor(label).flatten().long(), torch.as_tensor(prediction).flatten().long()
     valid = (label >= 0) & (label < n)                    # void, 255, is neither right nor wrong
     if label.shape != prediction.shape or ((prediction < 0) | (prediction >= k))[valid].any():
-        raise ValueError(f"prediction: {len(label)} clusters in 0..{k - 1} expected, one for each label")
+        raise ValueError(f"prediction: a cluster in 0..{k - 1} expected for each of {len(label)} labels")
     return torch.bincount(label[valid] * k + prediction[valid], minlength=n * k).view(n, k)
 
 
@@ -186,7 +186,7 @@ def mask_logits(network, rates, image, mask_size, par=None, flip=False, heads=No
     """Logits of every pixel by each head: uint8 (B, H, W, 3) -> (heads, B, N, *mask_size).
 
     rates       of ASPP; mask_size: (rows, columns) that the logits are enlarged to
-    par         a PAR that refines the probabilities there, which are then returned
+    par         a PAR; the probabilities that it refines, at the image's size, are returned instead of logits
     flip        logits are the mean of those of the image and those of its mirror image, mirrored back
     heads       of the network; default the student's alone
     """
@@ -199,8 +199,7 @@ def mask_logits(network, rates, image, mask_size, par=None, flip=False, heads=No
     if flip:
         logits = (logits + logits_of(image.flip(3)).flip(4)) / 2
     if par is not None:
-        image = F.interpolate(image, size=mask_size, mode="bilinear")
-        return torch.stack([par(image, of_head.softmax(1)) for of_head in logits])
+        logits = torch.stack([par(image, of_head.softmax(1)) for of_head in logits])
     return torch.stack([F.interpolate(of_head, size=mask_size, mode="bilinear") for of_head in logits])
 
 
@@ -212,7 +211,7 @@ def segment(*inputs, **options):
 def groups(n, rank=0, world=1):
     """This process's share of 0..n-1, in groups that do not depend on the number of processes."""
     # sliced, not padded to equal shares as DistributedSampler does: no image counts twice
-    starts = list(range(0, n, GROUP))[rank::world]
+    starts = range(0, n, GROUP)[rank::world]
     return [range(start, min(start + GROUP, n)) for start in starts]
 
 
@@ -237,7 +236,7 @@ class Progress:
 
 
 def evaluate(labelled, predict, n, k=None, heads=1):
-    """Confusion matrices of all pairs in `labelled`: what `predict` takes, and labels (b, H, W) uint8.
+    """Confusion matrices over `labelled`: pairs of what `predict` takes and labels (b, H, W) uint8.
 
     predict   (inputs, (H, W)) -> clusters (heads, b, H, W): `segment` with a network, or what else is scored
     n, k      how many classes; how many clusters, default n
@@ -307,7 +306,7 @@ def stages(network, checkpoint, image):
     normalised = normalise(pixels)
     enlarge = lambda masks: F.interpolate(masks, size=pixels.shape[2:], mode="bilinear")
     par = run_par(checkpoint)
-    refine = (lambda masks: par(pixels, masks)) if par else enlarge
+    refine = partial(par, pixels) if par else enlarge
     _, A = network.vit(normalised)                                                # (B, heads, 1 + hw)
     attention = A[:, :, 1:].mean(1).unflatten(1, network.vit.grid(normalised))    # (B, h, w)
     maps = cam.class_activation_maps(network.vit, normalised, checkpoint["centroids"].to(device))
@@ -444,8 +443,9 @@ def curves(log):
     return sheet
 
 
-def plot(pen, left, title, lines, top=40, width=380, height=250, axis="epoch"):
+def plot(pen, left, title, lines, axis="epoch"):
     """One plot of lines {name: [(epoch, value), ...]} with its axes, drawn by `pen`."""
+    top, width, height = 40, 380, 250
     colours = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#222222")
     values = [value for line in lines.values() for _, value in line]
     epochs = sorted({epoch for line in lines.values() for epoch, _ in line})
@@ -479,7 +479,7 @@ def open_split(checkpoint, args, split="val"):
     """The split of the data set that --data and --root name; the checkpoint's own by default."""
     trained = checkpoint["args"]
     source = data.dataset(args.data or trained["data"], args.root or trained["root"], split,
-                          trained["classes"] or len(checkpoint["names"]), trained["seed"])
+                          len(checkpoint["names"]) - 1, trained["seed"])          # of a folder, K
     if args.limit:
         source.limit(args.limit)
     if len(source.names) != len(checkpoint["names"]):
@@ -519,13 +519,11 @@ def score(network, checkpoint, args):
 
 
 def out_folder(args, *photographs):
-    """--out, made if it is not there. Inside a folder of photographs it is refused: masks are none."""
+    """--out, made if it is not there; refused in a folder of photographs, which masks would be taken for."""
     out = Path(args.out)
     for path in map(Path, photographs):
         folder = (path if path.is_dir() else path.parent).resolve()
-        # a photograph in the working directory is no reason to refuse ./masks
-        inside = out.resolve().is_relative_to(folder) and (path.is_dir() or folder != Path.cwd())
-        if inside or out.resolve() == folder:
+        if out.resolve() == folder or path.is_dir() and out.resolve().is_relative_to(folder):
             raise UserError(f"--out {out}: lies in the folder of photographs {folder}, where masks would be "
                             f"taken for photographs; give a folder outside")
     out.mkdir(parents=True, exist_ok=True)
@@ -582,9 +580,9 @@ def compare(network, checkpoint, args):
     rows = []
     for i in range(min(len(source), args.limit or 6)):
         image = source.image(i)
-        masks = [segment_photograph(net, image, c, args.native, **args.how) for net, c in columns]
-        masks += [source.label(i)] if source.labels or isinstance(source, data.Shapes) else []
-        tiles = [colours[data.squash(mask, 160, "nearest")] for mask in masks]
+        masks = [*(segment_photograph(net, image, c, args.native, **args.how) for net, c in columns),
+                 source.label(i)]                         # None without labels
+        tiles = [colours[data.squash(mask, 160, "nearest")] for mask in masks if mask is not None]
         rows.append([data.squash(image, 160), *tiles])
     runs = [str(Path(file).with_suffix("")) for file in [args.checkpoint, *args.compare]]
     titles = ["image", *(run if len(run) < 25 else f"..{run[-22:]}" for run in runs), "truth"]
@@ -622,7 +620,6 @@ def explain(network, checkpoint, args):
         ImageDraw.Draw(tile).text((4, 2), title, "white", stroke_width=1, stroke_fill="black")
         low.append(np.array(tile))
     titles = ["image", "attention"] + [f"CAM: {names[assignment[k + first]]}" for k in largest]
-    titles += [""] * (len(low) - len(titles))
     file = out_folder(args, args.explain) / "explain.png"
     page([top, low], titles, names).save(file)
     print(f"wrote {file}: every stage of Fig. 2 for {args.explain}")
@@ -640,7 +637,8 @@ def parse(argv=None):
     p.add_argument("--native", action="store_true",
         help="the images' own size instead of squares (labels too)")
     p.add_argument("--par", action="store_true",
-        help="refine the prediction with PAR, by the run's own dilations, or 1 2 4 8 if it has none")
+        help="refine the prediction with PAR, by the run's own dilations, or 1 2 4 8 if it has none (with "
+             "--compare all by those of the first)")
     p.add_argument("--flip", action="store_true",
         help="logits are the mean over the image and its mirror image")
     p.add_argument("--rates", choices=("epoch", *ROWS), default="epoch",
@@ -661,7 +659,7 @@ def parse(argv=None):
     if "" in (args.predict or [args.explain]):
         p.error("--predict, --explain: an empty name")
     if bool(args.explain) + args.clusters + bool(args.predict or args.compare) > 1:
-        p.error("--explain, --clusters, --predict or --compare: run each by itself")
+        p.error("--explain, --clusters, or --predict and --compare: one of the three at a time")
     return args
 
 

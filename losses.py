@@ -24,7 +24,8 @@ import torch.nn.functional as F
 
 THRESHOLD = 0.1                                           # of the background channel, TransFGU's
 VOID = 255                                                # label of pixels that do not count
-# alpha(t) of L_CE, t epochs after the teacher began to take part (TransFGU: or became a new one); then 0.1
+# alpha(t) of L_CE, t = 0 .. 7 epochs after the teacher began to take part, or with TransFGU's scheme after it
+# was last replaced; from then on the last one
 ALPHA = (0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.09, 0.1)
 
 
@@ -70,8 +71,8 @@ def pseudo_label(cam, teacher_logits, refine, teacher_weight, background=True, t
     teacher_logits  (B, N, h, w), or None before the teacher starts: CAM alone
     refine          (B, N, h, w) -> (B, N, H, W), the size of the losses: PAR with the image, or an upsampling
     background      whether class 0 is background, N = K + 1; else N = K
-    hard            without a teacher, `refine` gets 1 for the class of each patch and 0 for the others, not
-                    CAM, whose background is 0.1 at most where a class reaches 1 (decision 31)
+    hard            before the teacher starts, `refine` gets 1 for the class of each patch and 0 for others,
+                    not CAM itself: its background is at most `threshold`, its classes reach 1 (decision 31)
     returns         label (B, H, W) int64; confident (B, H, W) bool, the pixels of L_un: those where the CAM
                     of some class exceeds the threshold, or all pixels where there is no background
     """
@@ -118,8 +119,8 @@ def cross_entropy_loss(logits, label, permutation=None, alpha=0.0, count=None, c
 
     logits       (B, N, H, W)
     label        (B, H, W)     integers in 0..N-1; pixels of value 255 do not count
-    permutation  (N,)          int64: a pixel of class n is pushed away from class permutation[n]. Where that
-                               is n itself, the loss of the pixel is (1 - alpha) CE. None without a teacher
+    permutation  (N,)          int64: a pixel of class n is pushed away from class permutation[n]; if that is
+                               n, its loss is (1 - alpha) CE. None before the teacher starts: no second term
     alpha        weight of the second term (`permutation_weight`)
     count        pixels to divide by; default those that count
     ce           cross_entropy(logits, label), if it is known already
@@ -130,7 +131,8 @@ def cross_entropy_loss(logits, label, permutation=None, alpha=0.0, count=None, c
     if permutation is not None:
         wrong = permutation[label.long() * valid].masked_fill(~valid, VOID)
         ce = ce - alpha * cross_entropy(logits, wrong)
-    return ce.sum() / (valid.sum().clamp(min=1) if count is None else count)
+    count = valid.sum() if count is None else torch.as_tensor(count)
+    return ce.sum() / count.clamp(min=1)
 
 
 def segmentation_loss(logits, label, second=None, counts=None, ce=None):
@@ -185,7 +187,8 @@ def class_loss(class_embeddings, count=None):
     if N < 2:
         raise ValueError(f"class embeddings {tuple(class_embeddings.shape)}: at least two classes expected")
     # divided by their lengths, so that this is a cosine in any case; no gradient through the lengths
-    c = class_embeddings / class_embeddings.norm(dim=2, keepdim=True).detach()
+    c = full(class_embeddings)
+    c = c / c.norm(dim=2, keepdim=True).detach()
     cosine = c @ c.transpose(1, 2)                                                # (B, N, N)
     i, j = torch.triu_indices(N, N, offset=1, device=c.device)
     return (1 + cosine[:, i, j]).mean(1).sum() / (B if count is None else count)
@@ -238,10 +241,9 @@ def main():
     print("logits                        seg     CE      CE - 0.1 CE(permuted)   un")
     for name, logits in cases.items():
         logits = logits.view(1, 3, 1, 2)
-        values = [segmentation_loss(logits, label), cross_entropy_loss(logits, label),
-                  cross_entropy_loss(logits, label, torch.tensor([1, 2, 0]), 0.1),
-                  uncertainty_loss(logits[:, 1:], label > 0)]
-        seg, ce, permuted, un = values
+        seg, ce = segmentation_loss(logits, label), cross_entropy_loss(logits, label)
+        permuted = cross_entropy_loss(logits, label, torch.tensor([1, 2, 0]), 0.1)
+        un = uncertainty_loss(logits[:, 1:], label > 0)
         print(f"{name:28}  {seg:.4f}  {ce:.4f}  {permuted:.4f}                  {un:.4f}")
     print("by hand: log 3 = 1.0986;  log 10 - log 8 = 0.2231, of the others log 10 = 2.3026;")
     print("         un: 1 - (1/2 - 1/2) = 1,  1 - (8/9 - 1/9) = 0.2222, the same when wrong")

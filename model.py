@@ -151,7 +151,7 @@ class VisionTransformer(nn.Module):
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, eps=eps) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=eps)
         initialize(self)
-        for name, p in self.named_parameters(recurse=False):                      # tokens, position table
+        for p in self.parameters(recurse=False):          # tokens, position table
             nn.init.trunc_normal_(p, std=0.02)
 
     def grid(self, image):

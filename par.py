@@ -1,4 +1,4 @@
-"""Pixel-adaptive refinement, PAR (DMSA Sec. 3.2, Eq. 4; introduced by AFA, its [6], though it cites [16]).
+"""Pixel-adaptive refinement, PAR (DMSA Sec. 3.2, Eq. 4). It is AFA's, the paper's [6]; the paper cites [16].
 
 (B, 3, H, W) image and (B, C, h, w) masks -> (B, C, H, W) masks whose edges follow the image's. Each pixel
 repeatedly takes the average of its neighbours' masks, weighted by how alike their colours are.
@@ -116,9 +116,9 @@ class PAR(nn.Module):
             raise ValueError(f"image {tuple(image.shape)}, masks {tuple(masks.shape)}: (B, 3, H, W) and "
                              f"(B, C, h, w) expected")
         masks = F.interpolate(full(masks), size=image.shape[2:], mode="bilinear", align_corners=True)
-        n = max(1, PIXELS_AT_ONCE["cuda" if image.is_cuda else "cpu"] // image.shape[2:].numel())   # images
         if torch.compiler.is_compiling():                 # of an exported batch the size is not known
             return self.refine(image, masks)
+        n = max(1, PIXELS_AT_ONCE["cuda" if image.is_cuda else "cpu"] // image.shape[2:].numel())   # images
         return torch.cat([self.refine(*few) for few in zip(image.split(n), masks.split(n))])
 
     def refine(self, image, masks):
@@ -157,8 +157,7 @@ def main():
     """Refine the coarse mask of a flower; print how its overlap with the truth grows, and draw it."""
     from PIL import Image, ImageDraw
     image, coarse, truth = example()
-    cell, rows = 250, []
-    rows.append(("image", image[0]))
+    cell, rows = 250, [("image", image[0])]
     print("iterations   IoU of arg max with the truth")
     for iterations in (0, 1, 3, 10):
         masks = PAR((1, 2, 4, 8), iterations)(image, coarse)

@@ -291,6 +291,7 @@ def test_every_loss_keeps_float64_and_has_the_gradient_that_it_should():
         assert torch.autograd.gradcheck(loss, logits) and loss(logits).dtype == torch.float64
     # of vectors of unit length, as the decoder gives them
     assert torch.autograd.gradcheck(lambda x: losses.class_loss(F.normalize(x, dim=2)), c)
+    assert losses.class_loss(c.bfloat16()).dtype == losses.class_loss(c.half()).dtype == torch.float32
 
 
 def test_losses_and_counts_leave_out_255_and_take_any_integers():
@@ -304,6 +305,10 @@ def test_losses_and_counts_leave_out_255_and_take_any_integers():
     is_thing = torch.tensor([False, True, True])
     counts = losses.pixel_counts(marked.long(), label > 0, is_thing)
     assert counts[1:3].tolist() == losses.pixel_counts(kept[1], kept[1] > 0, is_thing)[1:3].tolist()
+    marked[:], confident = 255, label < 0                 # no pixel counts: 0, not NaN
+    counts = losses.pixel_counts(marked.long(), confident, is_thing)
+    found = losses.dmsa_losses(logits, randn(2, 3, 4), marked, confident, counts, is_thing, (1, 1, 1, 0))
+    assert found["all"] == 0
 
 
 def test_what_broadcasting_would_hide_is_refused_by_name():
@@ -482,31 +487,31 @@ class TimmLike(nn.Module):
 
 
 class HuggingFaceLike:
-    """The same weights behind HuggingFace's names; a layer returns a tuple, output.dense adds nothing."""
+    """The same weights behind HuggingFace's names (transformers 5.24)."""
 
     class Layer:
         def __init__(self, block):
             attn, heads = block.attn, [nn.Linear(24, 24) for _ in range(3)]
             for part, weight, bias in zip(heads, attn.qkv.weight.chunk(3), attn.qkv.bias.chunk(3)):
                 part.weight.data, part.bias.data = weight.data, bias.data
-            query_key_value = dict(zip(("query", "key", "value"), heads), num_attention_heads=3)
-            self.attention = SimpleNamespace(output=SimpleNamespace(dense=attn.proj),
-                                             attention=SimpleNamespace(**query_key_value))
-            self.layernorm_before, self.layernorm_after = block.norm1, block.norm2
-            self.intermediate, self.output = block.mlp[:2], SimpleNamespace(dense=block.mlp[2])
+            query_key_value = dict(zip(("q_proj", "k_proj", "v_proj"), heads), num_attention_heads=3)
+            self.attention = SimpleNamespace(o_proj=attn.proj, **query_key_value)
+            self.layernorm_before, self.layernorm_after, self.mlp = block.norm1, block.norm2, block.mlp
             self.block = block
 
         def __call__(self, x):
-            return (self.block(x),)
+            return self.block(x)
 
     def __init__(self, timm):
         self.timm, self.layernorm, self.config = timm, timm.norm, SimpleNamespace(patch_size=8)
-        self.encoder = SimpleNamespace(layer=[self.Layer(block) for block in timm.blocks])
+        self.layers = [self.Layer(block) for block in timm.blocks]
 
-    def embeddings(self, image):
+    def embeddings(self, image, interpolate_pos_encoding=False):
+        assert interpolate_pos_encoding                   # else an image has to have the size of pretraining
         return self.timm._pos_embed(self.timm.patch_embed(image))
 
-    def __call__(self, image):
+    def __call__(self, image, interpolate_pos_encoding=False):
+        assert interpolate_pos_encoding
         return self.timm(image)
 
 
@@ -899,7 +904,7 @@ def test_labels_are_palette_or_grey_files_of_known_indices_and_others_are_named(
     for palette in (None, data.palette()):
         file = save(tmp_path / "label.png", values, palette)
         assert (data.open_label(file, 22) == values).all()
-        refused(lambda: data.open_label(file, 21), file, "label value 21", "21 values")
+        refused(lambda: data.open_label(file, 21), file, "label value 21", "(0 to 20, and 255)")
     for mode, colour in (("RGB", (1, 1, 1)), ("LA", (1, 1)), ("1", 1), ("I;16", 300)):
         save(file, (mode, (4, 3), colour))
         refused(lambda: data.open_label(file), file, "palette or grey PNG")
@@ -909,7 +914,7 @@ def test_labels_are_palette_or_grey_files_of_known_indices_and_others_are_named(
         values = np.where(np.eye(8, 9), value, 3).astype(np.uint8)
         file = save(tmp_path / "annotations/train2017/a.png", values)
         for kind in ("coco80", "cocostuff27"):
-            refused(lambda: data.COCO(tmp_path, kind=kind).label(0), file, f"label value {value}", "from 0")
+            refused(lambda: data.COCO(tmp_path, kind=kind).label(0), file, f"label value {value}", "(0 to 181, with gaps, and 255)")
     grey = np.arange(256).repeat(3).reshape(256, 3)
     save(file, np.full((8, 9), 3, np.uint8), grey)
     assert (data.COCO(tmp_path).label(0) == 4).all()
@@ -922,7 +927,7 @@ def test_a_voc_mask_whose_palette_was_sorted_anew_is_refused(tmp_path):
     base, mask = make_voc(tmp_path), np.zeros((10, 12), np.uint8)
     mask[2:6, 3:9], mask[1, 3:9] = 10, 255
     file, grey = base / "SegmentationClass/2007_000000.png", np.repeat(np.arange(256), 3)
-    for palette in (data.palette(), grey, data.palette(21)):                      # the last has 21 colours
+    for palette in (data.palette(), grey, data.palette()[:21]):                      # the last has 21 colours
         save(file, mask, palette)
         assert (data.VOC(tmp_path).label(0) == mask).all()
     save(file, mask, data.palette())
@@ -961,7 +966,7 @@ def test_images_of_unknown_range_are_refused(tmp_path):
             if high == 65535:
                 assert data.open_image(file).max() == 255
             else:
-                refused(lambda: data.open_image(file), file, "which of its values is white", "8-bit")
+                refused(lambda: data.open_image(file), file, "does not say which value is white", "8 bits")
     for name, kind in (("16bit.png", np.uint16), ("16bit.tif", np.int32)):
         grey = data.open_image(save(tmp_path / name, ramp(0, 65535, kind)))
         assert grey.shape == (9, 9, 3) and abs(grey.mean() - 127.5) < 1
@@ -1676,6 +1681,25 @@ def test_masks_of_a_large_photograph_have_the_edges_of_logits_at_its_own_size(mo
     assert (found(240, 320) != exact).mean() < 0.001 < (nearest != exact).mean()
 
 
+def test_par_refines_a_photograph_at_the_size_that_the_network_sees(uninterrupted):
+    checkpoint, seen = evaluation.load_checkpoint(uninterrupted[0] / "run" / "best.pt"), []
+    network, photograph = evaluation.restore(checkpoint, "cpu"), data.shapes(1, 300)[0][:200]
+    par = lambda image, masks: seen.append(image.shape[2:]) or masks
+    for native in (False, True):
+        mask = evaluation.segment_photograph(network, photograph, checkpoint, native, par=par)
+        assert mask.shape == (200, 300)
+    assert seen == [(64, 64), (200, 304)]                 # squashed; in whole patches
+
+
+def test_another_data_set_must_have_as_many_classes(uninterrupted, tmp_path):
+    checkpoint = evaluation.load_checkpoint(uninterrupted[0] / "run" / "best.pt")
+    make_voc(tmp_path)
+    save(tmp_path / "photo.png", data.shapes(1)[0])
+    given = lambda name: SimpleNamespace(data=name, root=str(tmp_path), limit=None, checkpoint="a.pt")
+    assert evaluation.open_split(checkpoint, given("folder")).names[0] == "background"
+    refused(lambda: evaluation.open_split(checkpoint, given("voc")), "a.pt: has 6 classes, the data set 21")
+
+
 # ----------------------------------------------------------------------------
 # train.py: schedule and options
 
@@ -2103,7 +2127,7 @@ def test_bf16_changes_the_losses_little_and_the_caches_not_at_all(uninterrupted,
 
 
 @pytest.mark.parametrize("args, message", [
-    ("--data voc --root nowhere", "nowhere/VOCdevkit/VOC2012: no such folder"),
+    ("--data voc --root nowhere", "nowhere/VOCdevkit/VOC2012/ImageSets: no such folder"),
     ("--weights none.pt --batch 4", "none.pt: cannot read"), ("--batch 4096", "larger than an epoch"),
     ("--dry-run", "larger than an epoch"), ("--out /proc/nowhere", "/proc/nowhere: No such file"),
     ("--classes 4 --batch 4", "--classes 4: shapes has 5 classes; give at least so many"),
@@ -2126,6 +2150,7 @@ def test_a_folder_of_photographs_trains_and_predicts_without_labels_and_has_to_s
     ends(2, "broken.jpg: cannot read this image", *go, "1")
     assert not (run / "log.jsonl").exists()               # before the first step
     (photos / "broken.jpg").unlink()
+    ends(2, "lies in --root", *go, "1", "--out", photos / "runs" / "a")
     ends(0, "names.txt", *go, "1")
     assert (run / "panels.png").exists() and Image.open(run / "clusters.png").size[0] > 1000
     assert (run / "names.txt").read_text().splitlines()[1:] == [
@@ -2133,7 +2158,7 @@ def test_a_folder_of_photographs_trains_and_predicts_without_labels_and_has_to_s
     (run / "names.txt").write_text("1 = dog\n3 = dog\n2 = background")            # as a user edits it
     shutil.copy(photos / "0.jpg", photos / "7.jpg")
     text = ends(2, "images of train have changed, 6 then, 7 now", *go, "2")
-    assert len(text.splitlines()) == 1, text
+    assert len(text.splitlines()) == 1 and (run / "curves.png").exists(), text    # it is still finished
     (photos / "7.jpg").unlink()
     ends(0, "going on after epoch 1", *go, "2")
     ends(2, "--predict", "eval.py", run / "last.pt")
@@ -2157,6 +2182,7 @@ def test_a_folder_of_photographs_trains_and_predicts_without_labels_and_has_to_s
     ends(2, "none/last.pt", "tools/how_many.py", tmp_path / "none")
 
     (run / "names.txt").write_text("1 = dog\n2 dog\n")
+    assert ends(2, "names.txt: line 2", *go, "3").count("\n") == 1                # before it trains
     assert ends(2, "names.txt: line 2", "eval.py", run / "last.pt", "--clusters").count("\n") == 1
     ends(2, "/run/names.txt: line 2", "eval.py", other, "--compare", run / "last.pt")
     (run / "last.pt").unlink()                            # a new run has other clusters
@@ -2273,11 +2299,12 @@ def test_masks_never_lie_among_photographs_nor_on_one_another(uninterrupted, tmp
     assert not (tmp_path / "two").exists()
     (photos / "a.jpg").unlink()
     for args in ((*predict, photos), (*predict, photos / "masks"),
-                 ("eval.py", checkpoint, "--predict", photos / "a.png", "--out", photos / "masks"),
+                 ("eval.py", checkpoint, "--predict", photos / "a.png", "--out", photos),
                  ("eval.py", checkpoint, "--explain", photos / "a.png", "--out", photos),
                  (*predict, photos / "x" / "y", "--compare", checkpoint)):
         ends(2, "lies in the folder of photographs", *args)
     ends(0, "", *predict, tmp_path / "out")
+    ends(0, "", "eval.py", checkpoint, "--explain", photos / "a.png", "--out", tmp_path / "out")
     assert len(list((tmp_path / "out").glob("*_mask.png"))) == 2                  # a and a_mask
     del before["a.jpg"]
     assert {p.name: p.read_bytes() for p in photos.iterdir()} == before
@@ -2335,7 +2362,6 @@ def test_eval_prints_the_scores_of_the_log_and_draws_its_pictures(uninterrupted,
 
 
 @pytest.mark.parametrize("args, message", [
-    ("--data folder --root assets --clusters", "has 6 classes, the data set 7"),
     ("--explain none.png", "none.png: cannot read"), ("--predict README.md", "1 of 1 images have no mask"),
     ("--predict assets --out /proc/nowhere", "/proc/nowhere: No such file or directory")])
 def test_what_a_user_asks_wrong_of_eval_is_one_line_and_exit_code_2(uninterrupted, tmp_path, args, message):

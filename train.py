@@ -7,7 +7,8 @@
 
 A run that was stopped, at any moment, goes on when the same command is given again: from last.pt, which is
 written after every epoch, with the same random numbers, so that nothing but the begun epoch is done twice.
---batch is the global batch: the result does not depend on the number of processes but for the order of sums.
+--batch is the global batch: the result does not depend on the number of processes but for the order of sums
+(and for --dropout, which is off).
 
     settings -> the method: class Trainer -> the loop: train(); coarse labels; batches
     -> what a run needs besides: caches, data, checkpoints, processes and signals, options, main()
@@ -64,7 +65,7 @@ COMMON = dict(
                                                           # side that they are resized to for the ViT
     batch=512, epochs=50, repeat=1, lr=1e-4,              # repeat: passes over the images that make an epoch
     lambdas=(0.1, 1.0, 0.3, 1.0),                         # of Eq. 6: seg, CE, un, cls (decision 16)
-    threshold=0.1, teacher_weight=0.7,                    # of the background, TransFGU's; decision 11
+    threshold=0.1, teacher_weight=0.7,                    # of the background: TransFGU's; decision 11
     teacher_start=5,                                      # epochs of CAM alone
     intervals=(5, 5, 5, 5, 4, 4, 4, 4, 4, 3),             # of --teacher reset: `replacements`
     aspp="dynamic", aspp_scale=0.1, par=(1, 2, 4, 8), coarse="hard", teacher="ema", momentum=0.99,
@@ -91,7 +92,7 @@ PRESETS = {"dmsa": {}, "released": RELEASED,
 BANK_IMAGES, BANK_WINDOWS = 10_000, 200_000               # for k-means, at most
 LOSSES = ("seg", "ce", "un", "cls", "all")                # of Eq. 6, and their weighted sum
 
-# of several processes, as torchrun says: this one, this one on its machine, how many (-1: what is no number)
+# torchrun's numbers: of this process, of this process on its machine, how many there are; -1: no number
 RANK, LOCAL_RANK, WORLD = (int(value) if value.isdecimal() else -1 for value in (
     os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0"), os.environ.get("WORLD_SIZE", "1")))
 
@@ -245,15 +246,17 @@ def train(args, device):
     if state and state["epoch"] >= args.epochs and (out / "curves.png").exists():
         return print0(f"{out}: this run is finished ({state['epoch']} epochs); raise --epochs to go on, "
                       f"or use another --out")
-    if not state and (out / "names.txt").exists():
+    if state:
+        named(state, out / "last.pt")                     # a mistake in names.txt is told now, not at the end
+    elif (out / "names.txt").exists():
         raise UserError(f"{out}/names.txt: names the clusters of an earlier run; remove it to begin anew")
-    (out / "curves.png").unlink(missing_ok=True)          # a run that has it is finished
     trainer, images, labels, cams = prepare(args, state, device)      # Fig. 2, left
+    (out / "curves.png").unlink(missing_ok=True)          # a run that has it is finished
     log, steps = open_log(out, trainer.epoch), len(images["train"]) * args.repeat // args.batch
     first, progress = trainer.epoch * steps, Progress("step", (args.epochs - trainer.epoch) * steps)
 
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()              # of windows and CAMs
+        torch.cuda.reset_peak_memory_stats()              # peak_gb leaves out windows, CAMs
     for epoch in range(trainer.epoch + 1, args.epochs + 1):           # Table 1 counts from 1
         begin, waited, total = time.time(), 0.0, np.zeros(5)
         if args.teacher == "reset" and teacher_age(args, epoch) == 0:
@@ -330,8 +333,7 @@ def window_bank(args, source, vit, digest, device):
         return torch.cat(found).half().numpy()
 
     # not in the key: K and the seed, so that other numbers of clusters reuse the windows
-    key = [identity(source), digest, args.bank, args.window, args.scales, 1 + (source.stuff > 0), cam.COVER,
-           cam.CLEAR, BANK_IMAGES]
+    key = [identity(source), digest, args.bank, args.window, args.scales, cam.COVER, cam.CLEAR, BANK_IMAGES]
     return cached(args, "windows", key, len(chosen), features).shards
 
 
@@ -341,11 +343,11 @@ def cluster_windows(args, source, vit, digest, device):
     For a new run only: afterwards the centroids are in last.pt. They depend on the images, the ViT, K and the
     seed, and also on the machine and its threads, whose sums differ in the last digits.
     """
-    bank = np.concatenate(window_bank(args, source, vit, digest, device))
+    shards = window_bank(args, source, vit, digest, device)
     clusters = [source.things, source.stuff] if source.stuff else [source.things]
     centroids = torch.zeros(sum(clusters), vit.embed_dim, device=device)
     if RANK == 0:
-        found, rng = [], np.random.default_rng(args.seed)
+        bank, found, rng = np.concatenate(shards), [], np.random.default_rng(args.seed)
         for kind, k in enumerate(clusters):
             windows = bank[bank[:, 0] == kind, 1:]                                # (M, D)
             if len(windows) > BANK_WINDOWS:
@@ -419,9 +421,9 @@ VERSION = 1                                               # raise it when a cach
 class Cache:
     """A cache on disk, read like an array: len(cache), cache[i], cache[a:b]."""
 
-    def __init__(self, folder, bounds):
+    def __init__(self, files, bounds):
         self.bounds, self.shards = bounds, []
-        for file in (folder / f"{k:02}.npy" for k in range(len(bounds) - 1)):
+        for file in files:
             if not file.exists():
                 raise UserError(f"{file}: another machine's part is not there; all must share this folder")
             try:
@@ -446,7 +448,7 @@ def cached(args, name, key, n, compute):
     """The Cache of n records; each process computes its share of the shards that are not there.
 
     key      all that the records depend on; it names the folder
-    compute  range of records -> array of them. Windows are as many rows as there are: read their `.shards`
+    compute  range of records -> array of them. An image has any number of windows: read their `.shards`
     """
     digest = hashlib.sha256(json.dumps([VERSION, key]).encode()).hexdigest()[:16]
     folder = Path(args.out).parent / "cache" / f"{args.data}-{name}-{digest}"
@@ -462,13 +464,13 @@ def cached(args, name, key, n, compute):
     barrier()
     if missing:
         print0(f"{name}: {n} images, {time.time() - start:.0f} s")
-    return Cache(folder, bounds)
+    return Cache(files, bounds)
 
 
 def write_whole(file, save, sync=True):
     """Write what save(f) writes to a temporary name and move it into place: `file` is always whole.
 
-    sync   also after a power cut; without, kills and full disks alone do no harm
+    sync   wait for the disk, so that a power cut does no harm either; caches do without
     """
     part, content = file.with_name(f"{file.name}.{secrets.token_hex(4)}.part"), io.BytesIO()
     save(content)                                         # to memory: numpy and torch do not name a full disk
@@ -492,7 +494,7 @@ def write_whole(file, save, sync=True):
 
 
 def n_clusters(source):
-    """Clusters of a data set, the background's included: N, or more by --classes."""
+    """N, the network's channels: one for each cluster, and one for the background if there is one."""
     return source.background + source.things + source.stuff
 
 
@@ -559,8 +561,9 @@ def cached_squashed(args, name, source, read):
 def replacements(epochs, start, intervals):
     """The epochs up to `epochs`, from 1, before which the teacher is replaced.
 
-    start       epochs without a teacher; intervals: how many epochs lie between two replacements in epochs
-                1 to 10, 11 to 20 ...; the last holds for all later ones. For VOC: 6, 11, 16, 21 ...
+    start       epochs without a teacher
+    intervals   of epochs 1 to 10, of 11 to 20 ...; the last holds from there on. The teacher is replaced
+                before an epoch if epoch - 1 is a multiple of its interval. For VOC: 6, 11, 16, 21 ...
     """
     return [epoch for epoch in range(start + 1, epochs + 1)
             if (epoch - 1) % intervals[min((epoch - 1) // 10, len(intervals) - 1)] == 0]
@@ -738,8 +741,8 @@ def resume(args):
     for name, now in vars(args).items() if state else ():
         then = state["args"].get(name)
         if name not in may_differ and then != now:
-            raise UserError(f"{file}: begun with {flag(name)} {then}, now {now}: use another "
-                            f"--out, or the same option to go on")
+            raise UserError(f"{file}: begun with {flag(name)} {then}, now {now}: use another --out, give the "
+                            f"same option to go on, or remove this file to begin anew")
     return state
 
 
@@ -837,7 +840,7 @@ def print0(*words):
 
 
 def one_line(error):
-    return " ".join(str(error).split())[:400]             # nccl says what went wrong at the end
+    return " ".join(str(error).split())
 
 
 def end_on_signals():
@@ -868,8 +871,8 @@ def end_on_signals():
 
 OPTIONS = {
     "root": (str, None, "DIR", "folder of the data sets, or of the images for --data folder"),
-    "classes": (int, (2, 254), "K", "clusters to look for, besides the background; other data sets than "
-                "folder look for as many as they have classes, or for more (not cocostuff27)"),
+    "classes": (int, (2, 254), "K", "clusters to look for, without the background; by default as many as the "
+                "data set has classes. More are allowed, but not for cocostuff27"),
     "backbone": (tuple(BACKBONES), None, None, "pretrained ViT"),
     "weights": (str, None, "FILE", "weights of that backbone (default: fetched once; tiny is shipped)"),
     "out": (str, None, "DIR", "run folder (default: runs/<data>); caches go beside it, to runs/cache"),
@@ -878,12 +881,12 @@ OPTIONS = {
     "accumulate": (int, (1, math.inf), "N", "parts that a process's batch is cut into, if memory is short; "
                    "the result stays the same, but for --dropout"),
     "lr": (float, (0, 1), "X", "learning rate of Adam, constant"),
-    "size": (int, (1, 4096), "PIXELS", "side of the squashed image; for patches of 14 pixels 336. If it "
-             "is another than the default, crops have half of it, the images that windows are cut from "
-             "twice, and windows the same. Smaller is faster and worse"),
+    "size": (int, (1, 4096), "PIXELS", "side of the squashed image; the default is rounded up until half of "
+             "it is whole patches. With another value crops have half of it, the images that windows are "
+             "cut from twice it, and windows just it. Smaller is faster and worse"),
     "limit": (int, (1, math.inf), "N", "use the first N images of each split (default: all)"),
     "seed": (int, (0, 2 ** 32 - 1), "N", "of everything; for shapes also of the scenes"),
-    "workers": (int, (1, math.inf), "N", "threads that decode images"),
+    "workers": (int, (1, math.inf), "N", "threads that squash the images, once before training"),
     "device": (("auto", "cpu", "cuda"), None, None, "auto: cuda if there is one"),
     "precision": (("auto", "fp32", "bf16"), None, None,
                   "auto: bf16 on a GPU that has it; CAM, PAR and losses stay fp32"),
@@ -901,8 +904,11 @@ OPTIONS = {
     "momentum": (float, (0, 1), "M", "of the moving average"),
     "lambdas": ([float] * 4, (0, 1e6), ("SEG", "CE", "UN", "CLS"), "weights of Eq. 6"),
     "threshold": (float, (0, 1), "T", "where all CAMs are below half of it is background"),
-    "cam_scale": (("image", "crop"), None, None, "of what CAM's minimum and maximum are; crop is TransFGU's"),
-    "jitter": ([float] * 4, (0, 1), ("B", "C", "S", "H"), "of brightness, contrast, saturation, hue"),
+    "cam_scale": (("image", "crop"), None, None,
+                  "CAM's minimum and maximum, which become 0 and 1, are the image's, or as in TransFGU the "
+                  "crop's"),
+    "jitter": ([float] * 4, (0, 1), ("B", "C", "S", "H"),
+               "largest change of brightness, contrast, saturation, and of hue in turns"),
     "dropout": (float, (0, 0.99), "P", "in the decoder; results then depend on the number of processes"),
 }
 
@@ -955,6 +961,9 @@ def parse(argv=None):
     if args.size != own["size"]:
         args.crop, args.bank, args.window = args.size // 2, 2 * args.size, args.size
     args.out = args.out or os.path.join("runs", args.data)
+    if args.data == "folder" and Path(args.out).resolve().is_relative_to(Path(args.root).resolve()):
+        p.error(f"--out {args.out}: lies in --root {args.root}, where its pictures would be taken for "
+                f"photographs; give a folder outside")
     for name, (_, limits, _, _) in OPTIONS.items():
         values = getattr(args, name)
         for value in values if isinstance(values, list) else [values]:
@@ -998,8 +1007,9 @@ def run(args):
         return data.report(error)
     except Exception as error:
         if "out of memory" in str(error):                 # torch, the GPU's driver and nccl have a type each
-            return data.report(f"process {RANK}: not enough GPU memory; free it or cut the batch into more "
-                               f"parts with --accumulate: the run goes on ({one_line(error)})")
+            return data.report(f"process {RANK}: not enough GPU memory; free it, or cut the batch into more "
+                               f"parts with --accumulate (with --dropout in another --out): "
+                               f"{one_line(error)}")
         traceback.print_exc()                             # a mistake of ours
         return 1
 

@@ -13,8 +13,8 @@ epoch, chosen on val by the sum of both, as the peers do, and therefore too high
 mIoU is above the best epoch of the same seed's baseline: the mean, if there is one for every seed. With
 `shapes` another seed also means other scenes, some of them harder. Rows are therefore also compared seed by
 seed: the last mIoU minus that of the same seed's baseline (rows that add to it, and `all`) or of its `all`
-(the rest), as mean ± standard error of the mean. About one in twenty rows that change nothing will show a
-difference of more than two standard errors.
+(the rest), as mean ± standard error of the mean. With eight seeds, about one in twelve rows that change
+nothing will show a difference of more than two standard errors; with fewer seeds, more.
 """
 
 import argparse
@@ -66,13 +66,12 @@ def run(folder, options):
     """Run, or go on with, one training: its evaluations, one dict an epoch; None if it failed."""
     command = [sys.executable, str(HERE / "train.py"), *options, "--out", str(folder)]
     print(f"\n{' '.join(command)}", file=sys.stderr, flush=True)
-    child = subprocess.Popen(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
+    child = subprocess.Popen(command, stdout=sys.stderr)
     signal.signal(signal.SIGTERM, lambda number, frame: child.send_signal(number))    # both end
-    errors, code = child.communicate()[1], child.returncode
+    code = child.wait()
     if code:
-        reason = (errors.strip() or f"ended with code {code}").splitlines()[-1]
-        print(f"ablation.py: {folder}: {reason}", file=sys.stderr)
-        if code != 1:                                     # wrong options or data, a signal: not only here
+        print(f"ablation.py: {folder}: ended with code {code}, see above", file=sys.stderr)
+        if code != 1:                                     # wrong options or data, a signal: so would the rest
             sys.exit(code if code > 0 else 128 - code)
         return None
     lines = (folder / "log.jsonl").read_text().splitlines()
@@ -85,7 +84,7 @@ def best(records):
 
 
 def spread(values, sign="", n=1):
-    """Mean ± standard deviation / √n; one value as it is. sign "+": also of what is positive."""
+    """Mean ± standard deviation / √n; one value as it is. sign "+": also before a positive mean."""
     mean = f"{statistics.mean(values):{sign}.2f}"
     return f"{mean} ± {statistics.stdev(values) / n ** 0.5:.2f}" if len(values) > 1 else mean
 
@@ -147,10 +146,10 @@ def main():
                    help="folder of the runs (default: runs/ablation)")
     p.add_argument("options", nargs="*", metavar="-- OPTIONS", help="more options of train.py")
     args = p.parse_args()
-    fixed = {"--data", "--backbone", "--seed", "--out", "--preset", "--dry-run"}
+    fixed = {"--data", "--backbone", "--seed", "--out", "--preset", "--lambdas", "--dry-run"}
     fixed &= {option.split("=")[0] for option in args.options}
     if fixed:
-        p.error(f"{', '.join(sorted(fixed))}: not behind --; what runs is given by the options before it")
+        p.error(f"{', '.join(sorted(fixed))}: not after --; the rows and the options before it set these")
     args.seeds = list(dict.fromkeys(args.seeds))
     # Ctrl-C goes to train.py too, which says so by its exit code
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -166,8 +165,8 @@ def main():
     count = {row: len(runs) for row, runs in found.items() if len(runs) < len(args.seeds)}
     lengths = {records[-1]["epoch"] for runs in found.values() for records in runs.values()}
     if len(lengths) > 1:                                  # train.py leaves a run alone that is already longer
-        sys.exit(print(f"ablation.py: {args.out}: finished runs of {sorted(lengths)} epochs are not to be "
-                       f"compared; give another --out", file=sys.stderr) or 2)
+        p.error(f"--out {args.out}: finished runs of {sorted(lengths)} epochs are not to be compared; give "
+                f"another")
     print(f"{args.data}, seeds {args.seeds}, {max(lengths, default=0)} epochs"
           f"{f', finished runs: {count}' if count else ''}\n")
     print("\n".join(table(found, PAPER.get((args.data, args.backbone or "vits8")))))

@@ -140,7 +140,7 @@ def cam_case():
     vit, image = vits8(), torch.randn(1, 3, 320, 320)
     trained, centroids = copy.deepcopy(vit).requires_grad_(True), torch.randn(80, vit.embed_dim)
     forms = {"forward": lambda: vit(image)}
-    forms |= {K: lambda K=K: cam.class_activation_maps(vit, image, centroids[:K]) for K in (80, 20, 1)}
+    forms |= {K: lambda K=K: cam.class_activation_maps(vit, image, centroids[:K]) for K in (1, 20, 80)}
     forms |= {f"textbook {K}": lambda K=K: textbook_cam(trained, image, centroids[:K]) for K in (1, 3)}
 
     def rows(s, mb, out):
@@ -169,8 +169,8 @@ def step_case():
     draws = data.draw(0, epoch, range(8))
     part = train.Part(torch.rand(8, 3, 320, 320), torch.rand(8, 20, 40, 40), draws)
     trainer = train.Trainer(args, vit, data.VOC, {}, torch.device("cpu"))
-    args.precision = "bf16"                               # read when a trainer is made
     half = train.Trainer(args, vit, data.VOC, {}, torch.device("cpu"))
+    half.bf16 = True
     plain = DMSA(vit, 21, use_aspp=False, dropout=0.1).train()                    # as TransFGU, Segmenter
     for head in (plain.student, plain.teacher):
         for block in head.decoder.blocks:
@@ -361,7 +361,8 @@ def parts(backbone, crops):
     squashed, size = np.zeros((GROUP, S, S, 3), np.uint8), (S, S)
     steps = args.epochs * args.repeat * TRAIN / crops
     windows = lambda: cam.window_features(vit, large, args.window)[0]
-    refine = lambda: trainer.par(cut, masks)
+    network, refine = trainer.network, lambda: trainer.par(cut, masks)
+    heads = [network.student, network.teacher]            # both are scored
 
     def step(bf16=True):
         trainer.bf16 = bf16
@@ -373,12 +374,13 @@ def parts(backbone, crops):
             (f"windows of an image, {len(windows())} kept", windows, TRAIN),
             (f"CAM, {GROUP} images", lambda: cam.class_activation_maps(vit, images, centroids),
              (TRAIN + VAL) / GROUP),
-            (f"evaluation, {GROUP} images", lambda: segment(trainer.network, (1, 6, 12, 18), squashed, size),
+            (f"evaluation, {GROUP} images",
+             lambda: segment(network, (1, 6, 12, 18), squashed, size, heads=heads),
              args.epochs * VAL / GROUP),
             (f"PAR, {crops} crops", refine, steps),
             (f"step, {crops} crops, fp32", lambda: step(bf16=False), steps),
             (f"step, {crops} crops, bf16", step, steps)):
-        seconds = timed(form, device)                     # in the end of the step in bf16
+        seconds = timed(form, device)                     # after the loop: those of the last row
         print(f"| {name} | {seconds:.4f} | {seconds * times / 60:.1f} |", flush=True)
     (table, busy, count), (_, _, of_par) = kernels(step), kernels(refine)
     print(table)
@@ -428,12 +430,14 @@ def main():
     p.add_argument("--only", default="", metavar="WORD", help=f"of: {', '.join(CASES)} (default: all)")
     p.add_argument("--parts", action="store_true", help="instead: the parts of a VOC run on this GPU or CPU")
     p.add_argument("--crops", type=int, default=85, help="of --parts: in a step (default: 85, of 512 / 6)")
-    p.add_argument("--whole", metavar="DIR", help="instead: make up as many images as VOC has, there, and "
-                   "train on them for an epoch; further options go to train.py")
+    p.add_argument("--whole", metavar="DIR", help="instead: make up as many images as VOC has, in this new "
+                   "folder, and train on them for an epoch; further options, as --size, go to train.py")
     p.add_argument("--processes", type=int, default=1, help="of --whole (default: 1)")
     p.add_argument("--backbone", choices=BACKBONES, default="vits8",
                    help="of --parts and --whole (default: vits8)")
     args, options = p.parse_known_args()
+    if args.whole and Path(args.whole).exists():          # a run in it would only go on
+        p.error(f"--whole {args.whole}: this folder is there already; give a new one")
     if args.whole:
         whole(args.whole, args.backbone, args.processes, options)
     elif options:

@@ -9,7 +9,7 @@ The run's own windows are taken, from runs/cache; without them they are computed
     starts   k-means on all images from other starting points (each the best of five, as in a run)
 
 Both are adjusted Rand indices: 1 for the same clusters, 0 for what chance gives; mean and standard deviation
-of some repetitions. Of more than WINDOWS windows every n-th is used.
+of some repetitions. Of more than WINDOWS windows one of n is used.
 """
 
 import argparse
@@ -20,7 +20,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw
 from scipy.cluster.vq import vq
 
@@ -32,8 +31,7 @@ from eval import available, confusion_matrix, load_checkpoint, plot   # noqa: E4
 
 CLASSES = (2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30)
 WINDOWS, REPEATS = 2000, 4
-warnings.filterwarnings("ignore", message="One of the clusters is empty")         # so it may be, in k-means
-HOW_TO_READ = "Take the largest K before `halves` falls: beyond it other images would give other clusters"
+warnings.filterwarnings("ignore", message="One of the clusters is empty")         # k-means may leave one so
 
 
 def adjusted_rand(a, b, k):
@@ -70,14 +68,14 @@ def windows(run, root):
     """About WINDOWS windows of the run in this folder: a list of (M, D), each of other images."""
     checkpoint = load_checkpoint(run / "last.pt")
     args = SimpleNamespace(**checkpoint["args"] | {"out": str(run)} | ({"root": root} if root else {}))
-    device = torch.device(available("auto"))
+    device = available("auto")
     source = train.open_data(args, checkpoint)["train"]
     vit, digest = train.frozen_vit(args, checkpoint, device)
     bank = train.window_bank(args, source, vit, digest, device)
     bank = [part[part[:, 0] == 0, 1:].astype(np.float32) for part in bank]        # on the foreground
     total = sum(map(len, bank))
     step = -(-total // WINDOWS)
-    print(f"{total} windows of {len(source)} images" + f", every {step}th is used" * (step > 1))
+    print(f"{total} windows of {len(source)} images" + f", one of {step} is used" * (step > 1))
     return [part[::step] for part in bank]
 
 
@@ -103,7 +101,7 @@ def main():
                 print(f"\nno larger K: {error}")
                 break
             cells = [f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}" for values in found.values()]
-            print(f"| {k:2} | {' | '.join(cells)}  |", flush=True)
+            print(f"| {k:2} | {'  | '.join(cells)}  |", flush=True)
             for name, values in found.items():
                 lines[name].append((k, float(np.mean(values))))
         sheet = Image.new("RGB", (450, 340), "white")
@@ -111,7 +109,8 @@ def main():
         sheet.save(file)
     except OSError as error:
         sys.exit(data.report(error))
-    print(f"\n{HOW_TO_READ}. Wrote {file}")
+    print(f"\nTake the largest K before `halves` falls: beyond it other images would give other clusters. "
+          f"Wrote {file}")
 
 
 if __name__ == "__main__":

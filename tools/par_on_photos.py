@@ -86,8 +86,8 @@ def main():
                    help="first N images of val (default: 1449, all)")
     p.add_argument("--seed", type=int, default=0, help="of the wrong cells (default: 0)")
     args = p.parse_args()
-    if args.limit < 1:
-        p.error(f"--limit {args.limit}: must be at least 1")
+    if args.limit < 2 or args.seed < 0:
+        p.error("--limit: at least 2, for the standard error; --seed: at least 0")
     found = []                                            # an image's scores: (columns, 3 coarse masks)
     try:
         source = data.VOC(args.root, "val")

@@ -1,6 +1,6 @@
 """DINO self-distillation of the shipped tiny ViT. No labels are used.
 
-    python tools/pretrain.py                                       # makes assets/tiny.pt again
+    python tools/pretrain.py                                       # makes assets/tiny.pt again, in place
     python tools/pretrain.py --data folder --root photos --out my.pt   # the same on images of one's own
 
 A student and its moving average, the teacher, see crops of the same thing; the student's distribution over
@@ -32,7 +32,7 @@ from model import BACKBONES, VisionTransformer, normalise  # noqa: E402
 
 SIZE, LOCAL = 96, 48                                      # pixels of a picture and of a small crop
 PROTOTYPES, TEACHER_TEMPERATURE, STUDENT_TEMPERATURE = 512, 0.03, 0.1
-TOKEN_DROP = 0.75                                         # of the student's patch tokens
+TOKEN_DROP = 0.75                                         # of the patch tokens of the student's large crops
 ATTENDED = 0.38                                           # stop when CLS attends to this share of the patches
 PAIRS = 3_000_000                                         # first seed: no scene of data.Shapes has it
 
@@ -100,7 +100,7 @@ def project(network, image, g=None):
 
 @torch.no_grad()
 def attended(vit, image):
-    """Share of the patches that the CLS token attends to: 1 / sum a^2 of its attention, over their number."""
+    """Share of the hw patches that CLS attends to: (1 / sum a^2) / hw, a its attention to them, sum 1."""
     a = vit(image)[1][:, :, 1:].mean(1)                   # (B, hw)
     a = a / a.sum(1, keepdim=True)
     return (1 / (a ** 2).sum(1)).mean().item() / a.shape[1]
@@ -117,8 +117,9 @@ def main():
     p.add_argument("--batch", type=int, default=64, help="pairs per step (default: 64)")
     p.add_argument("--lr", type=float, default=1e-3, help="highest learning rate (default: 0.001)")
     p.add_argument("--seed", type=int, default=0, help="of everything (default: 0)")
-    p.add_argument("--out", default="assets/tiny.pt", help="file to write (default: assets/tiny.pt)")
+    p.add_argument("--out", help="file to write (default: assets/tiny.pt; of a folder: tiny.pt)")
     args = p.parse_args()
+    args.out = args.out or ("assets/tiny.pt" if args.data == "shapes" else "tiny.pt")
     if min(args.images, args.steps, args.batch) < 1 or not 0 < args.lr < 1 or args.seed < 0:
         p.error("--images, --steps, --batch: at least 1; --lr: between 0 and 1; --seed: at least 0")
     if Path(args.out).is_dir():
@@ -154,7 +155,8 @@ def main():
         large = torch.cat([views(a, SIZE, (0.4, 1), g), views(b, SIZE, (0.4, 1), g)])
         small = torch.cat([views(x, LOCAL, (0.1, 0.4), g) for x in (a, b, a, b)])
         with torch.no_grad():
-            with torch.autocast("cpu", torch.bfloat16):   # twice as fast; only the student needs fp32
+            # only the student needs fp32; bf16 is faster where the CPU multiplies in it, else much slower
+            with torch.autocast("cpu", torch.bfloat16):
                 out = project(teacher, large)
             out = out.float()
             target = ((out - centre) / TEACHER_TEMPERATURE).softmax(1).chunk(2)
@@ -166,7 +168,7 @@ def main():
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(student.parameters(), 3.0)
-        if step < 64:                                     # DINO: prototypes are fixed during the first epoch
+        if step < len(pictures) // args.batch:            # DINO: prototypes are fixed in the first epoch
             student[1].prototypes.weight.grad = None
         optimizer.step()
         with torch.no_grad():
