@@ -54,7 +54,7 @@ import losses
 import model
 import par
 import train
-from tools import bench, get_data, how_many
+from tools import ablation, bench, get_data, how_many
 
 HERE = Path(__file__).resolve().parent
 torch.set_num_threads(1)
@@ -914,7 +914,8 @@ def test_labels_are_palette_or_grey_files_of_known_indices_and_others_are_named(
         values = np.where(np.eye(8, 9), value, 3).astype(np.uint8)
         file = save(tmp_path / "annotations/train2017/a.png", values)
         for kind in ("coco80", "cocostuff27"):
-            refused(lambda: data.COCO(tmp_path, kind=kind).label(0), file, f"label value {value}", "(0 to 181, with gaps, and 255)")
+            refused(lambda: data.COCO(tmp_path, kind=kind).label(0), file, f"label value {value}",
+                    "(0 to 181, with gaps, and 255)")
     grey = np.arange(256).repeat(3).reshape(256, 3)
     save(file, np.full((8, 9), 3, np.uint8), grey)
     assert (data.COCO(tmp_path).label(0) == 4).all()
@@ -2187,6 +2188,22 @@ def test_a_folder_of_photographs_trains_and_predicts_without_labels_and_has_to_s
     ends(2, "/run/names.txt: line 2", "eval.py", other, "--compare", run / "last.pt")
     (run / "last.pt").unlink()                            # a new run has other clusters
     ends(2, "names the clusters of an earlier run", *go, "1")
+
+
+def test_the_table_of_the_ablation_compares_seed_by_seed():
+    run = lambda *miou: [{"epoch": i, "miou": m, "accuracy": 50.0} for i, m in enumerate(miou, 1)]
+    found = {"baseline": {0: run(40, 50, 30), 1: run(60, 20, 30)},
+             "par": {0: run(60, 55, 50), 1: run(60, 61, 60)},
+             "all": {0: run(10, 55, 60), 1: run(10, 20, 50)}, "no-par": {0: run(10, 20, 57)}, "static": {}}
+    lines = ablation.table(found, {"par": (1, 2)})
+    cells = [[cell.strip() for cell in line.split("|")[5:-1]] for line in lines]
+    assert cells[2] == ["30.00 ± 0.00", "–", "50.00 ± 0.00", "55.00 ± 7.07", "–", "–", "–"]
+    # 50 - 30 and 60 - 30; the baselines' best are 50, passed in epoch 1, and 60, passed in epoch 2
+    assert cells[3] == ["55.00 ± 7.07", "+25.00 ± 5.00 to baseline", "50.00 ± 0.00", "60.50 ± 0.71",
+                        "1.5", "1.00", "2.00"]
+    assert cells[4][1] == "+25.00 ± 5.00 to baseline" and cells[4][4] == "1 of 2 seeds"
+    assert cells[5][:2] == ["57.00", "-3.00 to all"] and cells[6][0] == "failed"
+    ends(2, "--lambdas, --preset: not after --", "tools/ablation.py", "--", "--lambdas", "--preset=released")
 
 
 def test_the_adjusted_rand_index_counts_pairs_of_windows():
