@@ -147,7 +147,8 @@ def to_float(image, device=None):
 # Reading files
 
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff")
-LEFT_OUT = (".heic", ".heif", ".hif", ".avif", ".gif")    # of these `Folder` tells that it leaves them out
+# of these `Folder` tells that it leaves them out
+LEFT_OUT = (".heic", ".heif", ".hif", ".avif", ".gif", ".dng", ".cr2", ".cr3", ".nef", ".arw")
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF")          # not EPS, say, which would be run as a program
 MOST_PIXELS = 89_478_485                                  # 0.3 GB decoded; JPEGs may have four times as many,
 REDUCED = 8192 * 6144                                     # but of more than this they are reduced on the way
@@ -673,7 +674,7 @@ def main():
         Image.fromarray(np.concatenate(rows)).save("data.png")
     except OSError as error:
         sys.exit(report(error))
-    print("wrote data.png: per row a scene, its label, and three training crops with theirs")
+    print("wrote data.png: per row a scene, its label, and three training crops, recoloured, with theirs")
     print("classes:", ", ".join(f"{i} {n}" for i, n in enumerate(Shapes.names)))
 
 

@@ -444,7 +444,7 @@ def main():
         p.error(f"unknown: {' '.join(options)}")
     if args.parts:
         return parts(args.backbone, args.crops)
-    chosen = [case for case in CASES if args.only in case]
+    chosen = [case for case in CASES if args.only.lower() in case.lower()]
     if not chosen:
         p.error(f"--only {args.only}: none of {', '.join(CASES)}")
     begin = time.time()
