@@ -956,7 +956,7 @@ def test_images_of_unknown_range_are_refused(tmp_path):
     for name, *values in (("float.tif", 0, 1, np.float32), ("32bit.tif", 0, 70_000, np.int32),
                           ("negative.tif", -9, 9000, np.int32), ("12bit.png", 0, 4095, np.uint16),
                           ("14bit.tif", 0, 16383, np.uint16)):
-        refused(lambda: data.open_image(save(tmp_path / name, ramp(*values))), name, "8-bit")
+        refused(lambda: data.open_image(save(tmp_path / name, ramp(*values))), name, "8 bits")
     for high in (4095, 16383, 65535):                     # of colours Pillow reads the high bytes
         for kind, alpha in ((2, []), (6, [np.full((9, 9), 65535)])):
             pixels = np.stack([ramp(0, high, int)] * 3 + alpha, 2).astype(">u2")
@@ -1751,8 +1751,8 @@ def test_what_is_not_finite_is_named():
     ("train --momentum 1.5", "at most 1"), ("train --seed -1", "--seed -1: must be"),
     ("train --par 0", "--par 0: must be at least 1"), ("train --teacher-start -3", "at least 0"),
     ("train --jitter -1 0 0 0", "at least 0"), ("eval x.pt --limit 0", "at least 1"),
-    ("eval x.pt --explain a.png --predict b", "by itself"), ("get_data shapes", "nothing to download"),
-    ("eval x.pt --clusters --explain a.png", "each by itself"),
+    ("eval x.pt --explain a.png --predict b", "one of the three"), ("get_data shapes", "nothing to download"),
+    ("eval x.pt --clusters --explain a.png", "one of the three"),
     ("get_data folder", "nothing to download"), ("get_data voc --check --url http://a/b", "for downloads"),
     ("get_data voc --root README.md", "is a file"),
     ("get_data coco80 --check --root x", "x/images/train2017: no such folder")])
@@ -2004,7 +2004,7 @@ def test_a_finished_run_says_so_and_changes_nothing_but_pictures_that_are_missin
     ends(0, "last epoch: mIoU", "train.py", *RUN, "--out", run)
     assert (run / "curves.png").exists()
     with pytest.MonkeyPatch.context() as patch:           # killed after its last epoch, before new pictures
-        patch.setattr(train, "prepare", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(train, "open_log", raising(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             train.train(train.parse([*RUN, "--epochs", "4", "--out", str(run)]), torch.device("cpu"))
     ends(0, "last epoch: mIoU", "train.py", *RUN, "--out", run)
