@@ -460,7 +460,7 @@ def plot(pen, left, title, lines, axis="epoch"):
         pen.text((left - 42, at(0, mark)[1] - 6), f"{mark:g}", "#666666")
         pen.line([at(0, mark), at(last, mark)], fill="#eeeeee")
     pen.text((left - 42, top + height + 6), axis, "#666666")
-    for epoch in epochs[::-1][::-(-len(epochs) // 12)]:   # twelve at most, the last among them
+    for epoch in epochs[::-len(epochs) // 12]:            # twelve at most, from the last back
         pen.text((at(epoch, low)[0] - 3 * len(str(epoch)), top + height + 6), str(epoch), "#666666")
     for i, (name, line) in enumerate(lines.items()):
         points = [at(*point) for point in line]
@@ -518,16 +518,21 @@ def score(network, checkpoint, args):
           + (f" (training scored the first {trained})" if trained else ""))
 
 
-def out_folder(args, *photographs):
-    """--out, made if it is not there; refused in a folder of photographs, which masks would be taken for."""
-    out = Path(args.out)
+def outside(out, *photographs):
+    """Raise UserError if the folder `out` lies in one of these folders or is that of one of these files."""
     for path in map(Path, photographs):
         folder = (path if path.is_dir() else path.parent).resolve()
-        if out.resolve() == folder or path.is_dir() and out.resolve().is_relative_to(folder):
-            raise UserError(f"--out {out}: lies in the folder of photographs {folder}, where masks would be "
-                            f"taken for photographs; give a folder outside")
-    out.mkdir(parents=True, exist_ok=True)
-    return out
+        place = Path(out).resolve()
+        if place == folder or path.is_dir() and place.is_relative_to(folder):
+            raise UserError(f"--out {out}: lies in the folder of photographs {folder}, where its pictures "
+                            f"would be taken for photographs; give a folder outside")
+
+
+def out_folder(args, *photographs):
+    """--out, made if it is not there, outside the photographs."""
+    outside(args.out, *photographs)
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    return Path(args.out)
 
 
 def predict(network, checkpoint, args):

@@ -105,6 +105,11 @@ def check_pixels(logits, **masks):
             raise ValueError(f"{name} {tuple(mask.shape)}: (B, H, W) of {tuple(logits.shape)} expected")
 
 
+def mean(total, count):
+    """total / count; 0, not NaN, where nothing counts. count: a number or tensor."""
+    return total / torch.as_tensor(count).clamp(min=1)
+
+
 def cross_entropy(logits, label):
     """CE of each pixel, of which L_CE and L_seg are means: (B, N, H, W), (B, H, W) -> (B, H, W), void 0."""
     check_pixels(logits, label=label)
@@ -131,8 +136,7 @@ def cross_entropy_loss(logits, label, permutation=None, alpha=0.0, count=None, c
     if permutation is not None:
         wrong = permutation[label.long() * valid].masked_fill(~valid, VOID)
         ce = ce - alpha * cross_entropy(logits, wrong)
-    count = valid.sum() if count is None else torch.as_tensor(count)
-    return ce.sum() / count.clamp(min=1)
+    return mean(ce.sum(), valid.sum() if count is None else count)
 
 
 def segmentation_loss(logits, label, second=None, counts=None, ce=None):
@@ -153,7 +157,7 @@ def segmentation_loss(logits, label, second=None, counts=None, ce=None):
     halves = (valid & ~second, valid & second)
     if counts is None:
         counts = [half.sum() for half in halves]
-    return sum((ce * half).sum() / torch.as_tensor(n).clamp(min=1) for half, n in zip(halves, counts)) / 2
+    return sum(mean((ce * half).sum(), n) for half, n in zip(halves, counts)) / 2
 
 
 def uncertainty_loss(logits, confident, count=None):
@@ -172,8 +176,7 @@ def uncertainty_loss(logits, confident, count=None):
     p1, best = p.max(1, keepdim=True)                     # not topk, which a GPU does pixel by pixel
     p2 = p.scatter(1, best, 0).amax(1, keepdim=True)                              # (B, 1, H, W)
     doubt = (1 - (p1 - p2))[:, 0] * confident
-    count = confident.sum() if count is None else torch.as_tensor(count)
-    return doubt.sum() / count.clamp(min=1)
+    return mean(doubt.sum(), confident.sum() if count is None else count)
 
 
 def class_loss(class_embeddings, count=None):

@@ -2151,7 +2151,7 @@ def test_a_folder_of_photographs_trains_and_predicts_without_labels_and_has_to_s
     ends(2, "broken.jpg: cannot read this image", *go, "1")
     assert not (run / "log.jsonl").exists()               # before the first step
     (photos / "broken.jpg").unlink()
-    ends(2, "lies in --root", *go, "1", "--out", photos / "runs" / "a")
+    ends(2, "lies in the folder of photographs", *go, "1", "--out", photos / "runs" / "a")
     ends(0, "names.txt", *go, "1")
     assert (run / "panels.png").exists() and Image.open(run / "clusters.png").size[0] > 1000
     assert (run / "names.txt").read_text().splitlines()[1:] == [

@@ -48,7 +48,7 @@ import data
 from aspp import DEEPLAB_RATES, dilation_rates
 from data import UserError
 from eval import (Progress, available, cluster_sheet, curves, evaluate, groups, load_checkpoint, named,
-                  panels, scores, segment)
+                  outside, panels, scores, segment)
 from losses import dmsa_losses, min_max, permutation_weight, pixel_counts, pseudo_label, with_background
 from model import BACKBONES, DMSA, Head, VisionTransformer, backbone, normalise
 from par import PAR
@@ -961,9 +961,6 @@ def parse(argv=None):
     if args.size != own["size"]:
         args.crop, args.bank, args.window = args.size // 2, 2 * args.size, args.size
     args.out = args.out or os.path.join("runs", args.data)
-    if args.data == "folder" and Path(args.out).resolve().is_relative_to(Path(args.root).resolve()):
-        p.error(f"--out {args.out}: lies in --root {args.root}, where its pictures would be taken for "
-                f"photographs; give a folder outside")
     for name, (_, limits, _, _) in OPTIONS.items():
         values = getattr(args, name)
         for value in values if isinstance(values, list) else [values]:
@@ -992,6 +989,8 @@ def run(args):
     """Returns the exit code: 0, or after one line 2 for what a user can mend and 1 for what not."""
     try:
         device = start_processes(args.device)
+        if args.data == "folder":
+            outside(args.out, args.root)
         if args.dry_run:
             dry_run(args)
         else:
