@@ -179,7 +179,7 @@ def crop_windows(image, boxes, patch, size):
 def window_features(vit, image, size, scales=THING_SCALES, stuff=False):
     """CLS features of one image's foreground windows, and of its background windows.
 
-    image    (1, 3, H, W) normalised; TransFGU takes it twice as large as the crops
+    image    (1, 3, H, W) normalised; TransFGU's side is twice `size`
     size     side in pixels that a window is resized to for the ViT
     stuff    also the background windows (only they describe stuff; without it they are not computed)
     returns  fore (M, D), back (M', D); empty where no window qualifies

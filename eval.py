@@ -43,7 +43,7 @@ from model import BACKBONES, DMSA, VisionTransformer, normalise, read_tensors
 from par import PAR
 
 GROUP = 16                                                # images of one forward pass
-MOST = 1024                                               # pixels: longest side at which masks are computed
+MOST = 1024                                               # pixels: longest side of masks and --native images
 ROWS = {",".join(map(str, rates)): list(rates) for rates in TABLE_1.values()}     # "1,1,2,3": [1, 1, 2, 3]
 SHEET = 500                                               # images that clusters.png is made from, at most
 
@@ -264,9 +264,10 @@ def whole_patches(image, patch):
 def segment_photograph(network, image, checkpoint, native=False, **how):
     """Classes of one image of any size: uint8 (H, W, 3) -> uint8 (H, W).
 
-    The network sees it squashed to the size that it was trained with or, `native`, at its own size in whole
-    patches. Logits, or with PAR probabilities, are made at up to MOST pixels a side and enlarged from there,
-    one cluster at a time: all at once a photograph of 12 megapixels and 20 clusters would take 1 GB.
+    The network sees it squashed to the size that it was trained with or, `native`, in its own shape, whole
+    patches and at most MOST pixels a side. Logits, or with PAR probabilities, are made at up to MOST pixels a
+    side and enlarged from there, one cluster at a time: all at once a photograph of 12 megapixels and 20
+    clusters would take 1 GB.
     how: as `mask_logits`
     """
     if native:
@@ -605,12 +606,12 @@ def clusters(network, checkpoint, args):
 
 
 def explain(network, checkpoint, args):
-    """--explain: every stage of Fig. 2 for one photograph; CAM maps of the five largest clusters."""
+    """--explain: every stage of Fig. 2 for one photograph; CAM maps of the five largest, background aside."""
     colours, assignment, names = data.palette(), np.array(checkpoint["assignment"]), checkpoint["names"]
     size = checkpoint["args"]["size"]
     image = data.squash(data.open_image(args.explain, True, least=2 * size), size, antialias=True)
     found = stages(network, checkpoint, image[None])
-    first = int(checkpoint["background"])                 # clusters count from 0, classes from the background
+    first = int(checkpoint["background"])                 # map k is channel k + first; channel 0: background
     K = found.maps.shape[1]
     largest = np.bincount(found.coarse.flatten(), minlength=first + K)[first:].argsort()[::-1][:5]
     top = [image, grey(found.attention[0], size)]
@@ -638,7 +639,7 @@ def parse(argv=None):
     p.add_argument("--data", choices=data.NAMES, help="data set to score on (default: the one trained on)")
     p.add_argument("--root", help="its folder (default: the one trained with)")
     p.add_argument("--limit", type=int, metavar="N",
-        help="the first N images (default: all; 6 for --compare)")
+        help="the first N images (default: all; 6 for --compare; the run's own for --clusters)")
     p.add_argument("--native", action="store_true",
         help="the images' own size instead of squares (labels too)")
     p.add_argument("--par", action="store_true",

@@ -16,7 +16,7 @@ of its parts' means. So every loss is a sum divided by a `count` that the caller
 the whole batch (`pixel_counts`, added up over its parts), the losses and gradients of the parts add up to
 those of the batch in one piece.
 
-    python losses.py      # the four losses on three cases that can be checked by hand
+    python losses.py      # L_seg, L_CE, L_un on three cases, L_cls on two, to be checked by hand
 """
 
 import torch
@@ -120,7 +120,7 @@ def cross_entropy_loss(logits, label, permutation=None, alpha=0.0, count=None, c
     """L_CE of Eq. 6: CE(logits, label) - alpha * CE(logits, permutation[label]), mean over pixels.
 
     The second term is TransFGU's and not in the paper (decision 12): a random permutation, one for a batch,
-    gives every class another one, and a pixel is rewarded for being unlike the class that stands for its own.
+    mostly gives a class another, and a pixel is rewarded for being unlike the one that stands for its own.
 
     logits       (B, N, H, W)
     label        (B, H, W)     integers in 0..N-1; pixels of value 255 do not count
@@ -161,7 +161,7 @@ def segmentation_loss(logits, label, second=None, counts=None, ce=None):
 
 
 def uncertainty_loss(logits, confident, count=None):
-    """L_un of Eq. 6: 1 - (p_1 - p_2), the gap of the best two classes, mean over confident pixels (TransFGU).
+    """L_un of Eq. 6: 1 - (p_1 - p_2), one minus the best two's gap, mean over confident pixels (TransFGU).
 
     logits     (B, K, H, W)  of the classes that compete, K >= 2: without the background channel
     confident  (B, H, W)     bool, pixels that count; `pseudo_label` gives those where the CAM of some class
@@ -233,7 +233,7 @@ def dmsa_losses(logits, class_embeddings, label, confident, counts, is_thing, la
 
 
 def main():
-    """Print the four losses of one 1 x 2 image (a background pixel, a pixel of class 1) and three classes."""
+    """Print L_seg, L_CE, L_un of a 1 x 2 image (background, class 1) and three classes, and L_cls twice."""
     label = torch.tensor([[[0, 1]]])
     cases = {
         "undecided (all logits 0)": torch.zeros(3, 2),

@@ -8,7 +8,7 @@
 A run that was stopped, at any moment, goes on when the same command is given again: from last.pt, which is
 written after every epoch, with the same random numbers, so that nothing but the begun epoch is done twice.
 --batch is the global batch: the result does not depend on the number of processes but for the order of sums
-(and for --dropout, which is off).
+(and for --dropout, which only the presets released and transfgu have).
 
     settings -> the method: class Trainer -> the loop: train(); coarse labels; batches
     -> what a run needs besides: caches, data, checkpoints, processes and signals, options, main()
@@ -986,7 +986,7 @@ def dry_run(args):
 
 
 def run(args):
-    """Returns the exit code: 0, or after one line 2 for what a user can mend and 1 for what not."""
+    """Returns the exit code: 0; after one line 2 for what a user can mend, else 1; 1 after a traceback."""
     try:
         device = start_processes(args.device)
         if args.data == "folder":
