@@ -182,6 +182,17 @@ def restore(checkpoint, device="auto"):
 
 
 @torch.no_grad()
+def head_logits(network, rates, features, heads=None):
+    """Logits of each head, default the student's alone: x, msa of `DMSA.features` -> (heads, B, N, h, w)."""
+    return torch.stack([network.decode(head, features, rates)[0] for head in heads or [network.student]])
+
+
+def enlarged(logits, size):
+    """Logits or probabilities (heads, B, N, h, w) -> (heads, B, N, *size), size (rows, columns)."""
+    return torch.stack([F.interpolate(of_head, size=size, mode="bilinear") for of_head in logits])
+
+
+@torch.no_grad()
 def mask_logits(network, rates, image, mask_size, par=None, flip=False, heads=None):
     """Logits of every pixel by each head: uint8 (B, H, W, 3) -> (heads, B, N, *mask_size).
 
@@ -190,17 +201,14 @@ def mask_logits(network, rates, image, mask_size, par=None, flip=False, heads=No
     flip        logits are the mean of those of the image and those of its mirror image, mirrored back
     heads       of the network; default the student's alone
     """
-    def logits_of(image):                                 # (heads, B, N, h, w)
-        features = network.features(normalise(image))
-        return torch.stack([network.decode(head, features, rates)[0] for head in heads or [network.student]])
-
+    logits_of = lambda image: head_logits(network, rates, network.features(normalise(image)), heads)
     image = data.to_float(image, network.vit.cls_token.device)                    # (B, 3, H, W)
-    logits = logits_of(image)
+    logits = logits_of(image)                             # (heads, B, N, h, w)
     if flip:
         logits = (logits + logits_of(image.flip(3)).flip(4)) / 2
     if par is not None:
         logits = torch.stack([par(image, of_head.softmax(1)) for of_head in logits])
-    return torch.stack([F.interpolate(of_head, size=mask_size, mode="bilinear") for of_head in logits])
+    return enlarged(logits, mask_size)
 
 
 def segment(*inputs, **options):

@@ -2358,6 +2358,20 @@ def test_segment_takes_the_mean_over_the_mirror_image_and_each_head_by_itself():
     assert (expected[0] != expected[1]).any() and (expected[0] != expected[2]).any()
 
 
+@pytest.mark.parametrize("kept, passes", ((2 ** 30, 2), (0, 4), (2 * 2 * 48 * 64 * 4, 3)))
+def test_the_frozen_vit_sees_each_group_of_val_once_as_far_as_the_memory_goes(monkeypatch, kept, passes):
+    network, images = model.DMSA(small_vit(), 4).eval(), (torch.rand(4, 64, 64, 3) * 255).byte().numpy()
+    expected = network.features(model.normalise(data.to_float(images)))
+    counted, features = [], network.features
+    monkeypatch.setattr(train, "KEPT", kept)
+    monkeypatch.setattr(network, "features", lambda image: counted.append(len(image)) or features(image))
+    val = train.Seen(network, images)
+    for _ in range(2):
+        for part in (slice(0, 2), slice(2, 4)):
+            assert all(torch.allclose(a, b[part], atol=1e-5) for a, b in zip(val[part], expected))
+    assert counted == [2] * passes
+
+
 def test_eval_prints_the_scores_of_the_log_and_draws_its_pictures(uninterrupted, tmp_path):
     run, log = uninterrupted[0] / "run", uninterrupted[2]
     ends(0, f"mIoU {log[-1]['miou']:.2f}  accuracy {log[-1]['accuracy']:.2f}", "eval.py", run / "last.pt",

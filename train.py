@@ -47,8 +47,8 @@ import cam
 import data
 from aspp import DEEPLAB_RATES, dilation_rates
 from data import UserError
-from eval import (Progress, available, cluster_sheet, curves, evaluate, groups, load_checkpoint, named,
-                  outside, panels, scores, segment)
+from eval import (Progress, available, cluster_sheet, curves, enlarged, evaluate, groups, head_logits,
+                  load_checkpoint, named, outside, panels, scores)
 from losses import dmsa_losses, min_max, permutation_weight, pixel_counts, pseudo_label, with_background
 from model import BACKBONES, DMSA, Head, VisionTransformer, backbone, normalise
 from par import PAR
@@ -90,6 +90,7 @@ PRESETS = {"dmsa": {}, "released": RELEASED,
            "transfgu": RELEASED | dict(teacher_weight=0.5, lambdas=(0.0, None, None, None))}
 
 BANK_IMAGES, BANK_WINDOWS = 10_000, 200_000               # for k-means, at most
+KEPT = 2 ** 30                                            # bytes of val's features that stay in memory
 LOSSES = ("seg", "ce", "un", "cls", "all")                # of Eq. 6, and their weighted sum
 
 # torchrun's numbers: of this process, of this process on its machine, how many there are; -1: no number
@@ -253,6 +254,7 @@ def train(args, device):
     trainer, images, labels, cams = prepare(args, state, device)      # Fig. 2, left
     (out / "curves.png").unlink(missing_ok=True)          # a run that has it is finished
     log, steps = open_log(out, trainer.epoch), len(images["train"]) * args.repeat // args.batch
+    val = None if labels is None else Seen(trainer.network, images["val"])
     first, progress = trainer.epoch * steps, Progress("step", (args.epochs - trainer.epoch) * steps)
 
     if device.type == "cuda":
@@ -274,7 +276,7 @@ def train(args, device):
             if step + 1 == epoch * steps:                 # the last of the epoch
                 record |= speed(args, device, steps, time.time() - begin, waited)
                 if labels is not None:
-                    record |= score(trainer, images["val"], labels, epoch) | trainer.scored["cam"]
+                    record |= score(trainer, val, labels, epoch) | trainer.scored["cam"]
             log.write(json.dumps(record) + "\n")
         trainer.epoch = epoch
         if labels is not None:
@@ -588,15 +590,36 @@ def confusion_of(trainer, inputs, labels, predict, heads=1):
     return all_reduce_sum(total.to(trainer.device)).cpu()
 
 
-def score(trainer, images, labels, epoch):
+class Seen:
+    """Images as the frozen ViT sees them: seen[a:b] are x, msa of `DMSA.features`, (b - a, D, h, w) each.
+
+    Every epoch asks for the same slices, so they are computed once, as far as KEPT bytes hold them: all of
+    `shapes` (59 MB), a seventh of VOC (7 GB).
+    """
+
+    def __init__(self, network, images):
+        self.network, self.images, self.kept, self.room = network, images, {}, KEPT
+
+    def __getitem__(self, part):
+        features = self.kept.get(part.start)
+        if features is None:
+            image = data.to_float(self.images[part], self.network.vit.cls_token.device)
+            features = self.network.features(normalise(image))
+            self.room -= sum(x.nbytes for x in features)
+            if self.room >= 0:
+                self.kept[part.start] = features
+        return features
+
+
+def score(trainer, val, labels, epoch):
     """Scores on val, with this epoch's rates, of the student and, once it takes part, of the teacher.
 
-    Keeps the student's cluster -> class assignment.
+    Keeps the student's cluster -> class assignment. val: a Seen
     """
-    network = trainer.network.eval()
+    network, rates = trainer.network.eval(), rates_of(trainer.args, epoch)
     heads = [network.student] + [network.teacher] * (teacher_age(trainer.args, epoch) is not None)
-    clusters = partial(segment, network, rates_of(trainer.args, epoch), heads=heads)
-    result, *teacher = map(scores, confusion_of(trainer, images, labels, clusters, len(heads)))
+    clusters = lambda features, size: enlarged(head_logits(network, rates, features, heads), size).argmax(2)
+    result, *teacher = map(scores, confusion_of(trainer, val, labels, clusters, len(heads)))
     network.train()
     trainer.assignment = result["assignment"].tolist()
     return ({name: value for name, value in result.items() if name not in ("iou", "assignment")}
