@@ -15,8 +15,8 @@ that mean. Three coarse masks:
     blurred        each cell the mean of the 5 x 5 around it, fewer at the border
 
 `bilinear` only enlarges the mask, as training does with --par and no number. PAR enlarges it with aligned
-corners before its first iteration, as AFA's does; the columns "not aligned" enlarge it without. The last two
-columns are AFA's dilations minus 1,2,4,8, image by image.
+corners before its first iteration, as AFA's does; the columns "not aligned" enlarge it without. The last
+three columns are other dilations minus 1,2,4,8, image by image: AFA's, 1,2,8,16, and AFA's not aligned.
 """
 
 import argparse
@@ -48,11 +48,12 @@ RESTORED = {
     "AFA: 1,2,4,8,12,24 ×10": AFA,
     "1,2,4,8 ×10": OURS,
     "1,2,4 ×10": PAR((1, 2, 4), 10),
+    "1,2,8,16 ×10": PAR((1, 2, 8, 16), 10),
     "1,2,4,8,12,24 ×3": PAR(DILATIONS, 3),
     "AFA, not aligned": lambda image, masks: AFA(image, bilinear(image, masks)),
     "1,2,4,8 ×10, not aligned": lambda image, masks: OURS(image, bilinear(image, masks)),
 }
-DIFFERENCES = {"AFA − 1,2,4,8": (1, 2), "not aligned": (5, 6)}                    # columns of RESTORED
+DIFFERENCES = {"AFA − 1,2,4,8": (1, 2), "1,2,8,16 − 1,2,4,8": (4, 2), "not aligned": (6, 7)}      # columns
 
 
 def coarse_masks(label, classes, rng):
