@@ -28,6 +28,7 @@ import sys
 import warnings
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -612,6 +613,7 @@ def render(rng, objects, size, radius, tint=0.02, clutter=0.2):
     return (image.clip(0, 1) * 255).astype(np.uint8), label
 
 
+@lru_cache(500)                                           # both splits: windows are cut from the images again
 def shapes(seed, size=128):
     """One scene: uint8 (size, size, 3), (size, size) of 0 background, 1..5 `SHAPES`; two or three objects."""
     rng = np.random.default_rng(seed)

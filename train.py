@@ -73,7 +73,8 @@ COMMON = dict(
 SETTINGS = {
     "shapes": COMMON | dict(                              # small, so that a CPU is enough (decision 26)
         backbone="tiny", size=192, crop=96, bank=128, window=96, batch=8, epochs=10, lr=5e-4, momentum=0.97,
-        lambdas=(0.3, 1.0, 0.1, 1.0), teacher_start=4, intervals=(2,), jitter=(0.4, 0.4, 0.4, 0.05)),
+        lambdas=(0.3, 1.0, 0.1, 1.0), teacher_start=4, intervals=(2,), jitter=(0.4, 0.4, 0.4, 0.05),
+        par=(1, 2, 8, 16)),
     "voc": COMMON | dict(repeat=20, lambdas=(0.3, 1.0, 0.3, 1.0)),
     "voc-aug": COMMON | dict(epochs=150, lr=1e-5),
     "coco80": COMMON | dict(
