@@ -661,7 +661,7 @@ def dataset(name, root="data", split="train", classes=20, seed=0, cache=None):
 def main():
     """Write data.png: per row a scene, its label, and three crops of it with the label cut alike."""
     argparse.ArgumentParser(description=main.__doc__, epilog="Data sets: python tools/get_data.py --help",
-                            allow_abbrev=False).parse_args()
+                            usage=argparse.SUPPRESS, allow_abbrev=False).parse_args()
     colour, rows = palette(), []
     for scene in range(5):
         image, label = shapes((0, 0, scene))

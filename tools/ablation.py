@@ -6,7 +6,7 @@
 
 Every run is a train.py of its own, in OUT/<data>[-<backbone>]-<row>-<seed>; its words go to stderr, the
 table to stdout. The same command again goes on where it stopped and reuses what is finished. Options after --
-go to every train.py.
+go to every train.py; what a row itself sets wins.
 
 In the table, mean ± standard deviation over the seeds: mIoU and accuracy of the last epoch; mIoU of the best
 epoch, chosen on val by the sum of both, as the peers do, and therefore too high; and the first epoch whose
@@ -134,6 +134,7 @@ def table(found, paper):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=__doc__.split("\n\n", 1)[1],
+                                usage=argparse.SUPPRESS, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--data", choices=[n for n in data.NAMES if n != "folder"], default="shapes",
                    help="data set with labels (default: shapes)")
@@ -146,7 +147,7 @@ def main():
                    help="folder of the runs (default: runs/ablation)")
     p.add_argument("options", nargs="*", metavar="-- OPTIONS", help="more options of train.py")
     args = p.parse_args()
-    fixed = {"--data", "--backbone", "--seed", "--out", "--preset", "--lambdas", "--dry-run"}
+    fixed = {"--data", "--backbone", "--seed", "--out", "--preset", "--lambdas", "--dry-run", "--help", "-h"}
     fixed &= {option.split("=")[0] for option in args.options}
     if fixed:
         p.error(f"{', '.join(sorted(fixed))}: not after --; the rows and the options before it set these")

@@ -28,6 +28,7 @@ import ctypes
 import itertools
 import multiprocessing
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -35,6 +36,9 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)          # Ctrl-C: no traceback
 
 import numpy as np
 import torch
@@ -425,7 +429,7 @@ def whole(root, backbone, processes, options):
 
 def main():
     p = argparse.ArgumentParser(description="Time and memory of DMSA's parts beside their textbook forms.",
-                                allow_abbrev=False)       # other options go to train.py
+                                usage=argparse.SUPPRESS, allow_abbrev=False)      # other options go to train.py
     p.add_argument("--quick", action="store_true", help="half the repetitions")
     p.add_argument("--only", default="", metavar="WORD", help=f"of: {', '.join(CASES)} (default: all)")
     p.add_argument("--parts", action="store_true", help="instead: the parts of a VOC run on this GPU or CPU")
@@ -436,10 +440,15 @@ def main():
     p.add_argument("--backbone", choices=BACKBONES, default="vits8",
                    help="of --parts and --whole (default: vits8)")
     args, options = p.parse_known_args()
+    if min(args.crops, args.processes) < 1:
+        p.error("--crops, --processes: at least 1")
     if args.whole and Path(args.whole).exists():          # a run in it would only go on
         p.error(f"--whole {args.whole}: this folder is there already; give a new one")
     if args.whole:
-        whole(args.whole, args.backbone, args.processes, options)
+        try:
+            whole(args.whole, args.backbone, args.processes, options)
+        except OSError as error:
+            sys.exit(data.report(error))
     elif options:
         p.error(f"unknown: {' '.join(options)}")
     if args.parts:

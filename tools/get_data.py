@@ -323,7 +323,8 @@ def check_splits(name, root):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=__doc__.split("\n\n", 1)[1],
-                                allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+                                usage=argparse.SUPPRESS, allow_abbrev=False,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("name", choices=data.NAMES, help="data set; shapes and folder can only be checked")
     p.add_argument("--root", type=Path, default=Path("data"), metavar="FOLDER",
         help="folder of the data sets, or of the images of `folder` (default: data)")
@@ -347,7 +348,8 @@ def main():
     except OSError as error:
         sys.exit(data.report(error))
     except KeyboardInterrupt:
-        print("\nget_data.py: stopped; the same command goes on from here", file=sys.stderr)
+        print("\nget_data.py: stopped" + "; the same command goes on from here" * (not args.check),
+              file=sys.stderr)
         sys.exit(130)
 
 

@@ -13,11 +13,15 @@ of some repetitions. Of more than WINDOWS windows one of n is used.
 """
 
 import argparse
+import signal
 import sys
 import warnings
 from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)          # Ctrl-C: no traceback
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -80,7 +84,8 @@ def windows(run, root):
 
 
 def main():
-    p = argparse.ArgumentParser(description="How stable the clusters of a run's windows are, for several K.")
+    p = argparse.ArgumentParser(description="How stable the clusters of a run's windows are, for several K.",
+                                usage=argparse.SUPPRESS, allow_abbrev=False)
     p.add_argument("run", help="folder of the run, with last.pt in it")
     p.add_argument("--root", help="folder of the images (default: the one trained with)")
     p.add_argument("--classes", type=int, nargs="+", default=CLASSES, metavar="K",

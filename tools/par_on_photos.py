@@ -16,12 +16,17 @@ that mean. Three coarse masks:
 
 `bilinear` only enlarges the mask, as training does with --par and no number. PAR enlarges it with aligned
 corners before its first iteration, as AFA's does; the columns "not aligned" enlarge it without. The last
-three columns are other dilations minus 1,2,4,8, image by image: AFA's, 1,2,8,16, and AFA's not aligned.
+three columns are other dilations minus 1,2,4,8, image by image: AFA's, 1,2,8,16, and AFA's with neither of
+the two aligned.
 """
 
 import argparse
+import signal
 import sys
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)          # Ctrl-C: no traceback
 
 import numpy as np
 import torch
@@ -81,7 +86,8 @@ def miou(label, prediction, n):
 
 
 def main():
-    p = argparse.ArgumentParser(description="PAR on true masks made coarse, on photographs in VOC's layout.")
+    p = argparse.ArgumentParser(description="PAR on true masks made coarse, on photographs in VOC's layout.",
+                                usage=argparse.SUPPRESS, allow_abbrev=False)
     p.add_argument("--root", default="data", help="folder with VOCdevkit/VOC2012 (default: data)")
     p.add_argument("--limit", type=int, default=1449, metavar="N",
                    help="first N images of val (default: 1449, all)")

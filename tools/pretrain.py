@@ -16,10 +16,14 @@ Training stops in between, when it is spread over ATTENDED of the patches.
 import argparse
 import copy
 import math
+import signal
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)          # Ctrl-C: no traceback
 
 import numpy as np
 import torch
@@ -107,7 +111,8 @@ def attended(vit, image):
 
 
 def main():
-    p = argparse.ArgumentParser(description="DINO self-distillation of the tiny ViT, without labels.")
+    p = argparse.ArgumentParser(description="DINO self-distillation of the tiny ViT, without labels.",
+                                usage=argparse.SUPPRESS, allow_abbrev=False)
     p.add_argument("--data", choices=("shapes", "folder"), default="shapes",
         help="pairs of renders, or a folder of images (default: shapes)")
     p.add_argument("--root", default="data", help="the folder of images (default: data)")
@@ -128,6 +133,7 @@ def main():
     g = torch.Generator().manual_seed(args.seed)
     try:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        open(f"{args.out}.part", "wb").close()            # whether it can be written is told now
         with ProcessPoolExecutor() as pool:
             if args.data == "shapes":
                 pictures = list(pool.map(pair, range(args.images), chunksize=64))
