@@ -148,11 +148,11 @@ def to_float(image, device=None):
 # Reading files
 
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff")
-# of these `Folder` tells that it leaves them out
+# photographs that are not read; `Folder` says how many it left out
 LEFT_OUT = (".heic", ".heif", ".hif", ".avif", ".gif", ".dng", ".cr2", ".cr3", ".nef", ".arw")
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF")          # not EPS, say, which would be run as a program
-MOST_PIXELS = 89_478_485                                  # 0.3 GB decoded; JPEGs may have four times as many,
-REDUCED = 8192 * 6144                                     # but of more than this they are reduced on the way
+MOST_PIXELS = 89_478_485                                  # 0.3 GB decoded; of a JPEG four times as many,
+REDUCED = 8192 * 6144                                     # since one of more than this is decoded smaller
 TURNS = dict(zip(range(2, 9), (                           # of each EXIF orientation; 1: not turned
     Image.FLIP_LEFT_RIGHT, Image.ROTATE_180, Image.FLIP_TOP_BOTTOM, Image.TRANSPOSE,
     Image.ROTATE_270, Image.TRANSVERSE, Image.ROTATE_90)))
@@ -430,7 +430,8 @@ class COCO(Dataset):
     cannot be read is a sample, so that it is named when it is used, not dropped; such a list is not kept.
     """
     n_values, colours = COCO_VALUES, np.arange(256)[:, None].repeat(3, 1)         # the maps are grey
-    gaps = [raw for raw, name in enumerate(COCO_THINGS) if name == "-"]           # who has them counts from 1
+    # a map with one of these values counts its categories from 1, not 0
+    gaps = [raw for raw, name in enumerate(COCO_THINGS) if name == "-"]
 
     def __init__(self, root="data", split="train", kind="coco80", cache=None):
         advice = f"get it with: python tools/get_data.py {kind} --root {root}"
@@ -448,7 +449,10 @@ class COCO(Dataset):
         key = hashlib.sha256(json.dumps([names, sizes]).encode()).hexdigest()[:16]
         kept = Path(cache) / f"coco-{split}-{key}.json" if cache else None
         if kept and kept.is_file():
-            self.ids = json.loads(kept.read_text())
+            try:
+                self.ids = json.loads(kept.read_text())
+            except ValueError:
+                raise UserError(f"{kept}: damaged; remove it, and it is made again") from None
         else:
             def shows_thing(name):
                 try:
@@ -613,7 +617,7 @@ def render(rng, objects, size, radius, tint=0.02, clutter=0.2):
     return (image.clip(0, 1) * 255).astype(np.uint8), label
 
 
-@lru_cache(500)                                           # both splits: windows are cut from the images again
+@lru_cache(500)                                           # both splits: windows and labels need scenes again
 def shapes(seed, size=128):
     """One scene: uint8 (size, size, 3), (size, size) of 0 background, 1..5 `SHAPES`; two or three objects."""
     rng = np.random.default_rng(seed)
@@ -629,10 +633,10 @@ class Shapes(Dataset):
         self.ids = [(seed, int(split == "val"), i) for i in range(400 if split == "train" else 100)]
 
     def image(self, i):
-        return shapes(self.ids[i])[0]
+        return shapes(self.ids[i])[0].copy()
 
     def label(self, i):
-        return shapes(self.ids[i])[1]
+        return shapes(self.ids[i])[1].copy()
 
 
 # ----------------------------------------------------------------------------

@@ -161,9 +161,9 @@ class VisionTransformer(nn.Module):
     def position_table(self, image):
         """The position table for this image's size: (1, 1 + hw, D).
 
-        Bicubic. DINO and DINOv2 sample it with a scale factor of (h + 0.1) / side, which gives other tokens
-        than h / side does; DINOv2 with registers by size, antialiased. Used as it is only for a square image
-        of as many patches as it was learned for.
+        Not interpolated for a square image of as many patches as it was learned for. Else bicubic: DINO and
+        DINOv2 sample it with a scale factor of (h + 0.1) / side, which gives other tokens than h / side does;
+        DINOv2 with registers by size, antialiased.
         """
         h, w = self.grid(image)
         if h * w == self.side ** 2 and image.shape[2] == image.shape[3]:
@@ -258,8 +258,8 @@ def read_tensors(file):
         with torch.serialization.safe_globals([argparse.Namespace]):              # DINO saves its options
             found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:                            # torch raises many kinds on a foreign file
-        raise WeightsError(f"{file}: not a file of plain tensors, or damaged ({type(error).__name__}); give "
-                           f"another, or fetch it again") from None
+        raise WeightsError(f"{file}: not a file of plain tensors, or damaged ({type(error).__name__}); "
+                           f"remove it, or give another") from None
     return found, hashlib.sha256(content).hexdigest()
 
 
@@ -282,11 +282,12 @@ def dino_names(state):
     for name in [name for name in state if name.endswith((".gamma", ".bias_mask"))]:
         value, block = state.pop(name), name.rsplit(".", 2)[0]                    # blocks.i, or blocks.i.attn
         if name.endswith("bias_mask"):                    # of DINOv3: 0 for the keys' bias
-            state[f"{block}.qkv.bias"] = state[f"{block}.qkv.bias"] * value
+            factors = {f"{block}.qkv.bias": value}
         else:
             layer = block + (".attn.proj" if ".ls1." in name else ".mlp.fc2")
-            state[f"{layer}.weight"] = state[f"{layer}.weight"] * value[:, None]
-            state[f"{layer}.bias"] = state[f"{layer}.bias"] * value
+            factors = {f"{layer}.weight": value[:, None], f"{layer}.bias": value}
+        for parameter in factors.keys() & state.keys():   # a ViT of another form: `load_dino` tells
+            state[parameter] = state[parameter] * factors[parameter]
     renamed = {"storage_tokens": "register_tokens", "rope_embed.periods": "periods"}
     return {renamed.get(name, name): value for name, value in state.items()}
 

@@ -18,8 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 # The paper names none of these. The values are those of AFA, which introduced PAR, and the defaults of `PAR`.
-# train.py has the dilations 1 2 4 8, and for `shapes` 1 2 8 16: in images of 160 x 160 the larger ones erase
-# masks that are right already, though they mend wrong ones better (decision 8).
+# train.py has smaller dilations: larger ones mend wrong masks better and damage right ones more (decision 8).
 DILATIONS = (1, 2, 4, 8, 12, 24)
 ITERATIONS = 10
 BANDWIDTH = 0.3
@@ -92,7 +91,7 @@ def affinity(image, dilations=DILATIONS, omega3=OMEGA3, bandwidth=BANDWIDTH):
 class PAR(nn.Module):
     """Refine masks with the affinities of an image (Eq. 4). No parameters.
 
-    dilations    distances of the 8 neighbours, in pixels; train.py has (1, 2, 4, 8) but for `shapes`
+    dilations    distances of the 8 neighbours, in pixels
     iterations   how often each pixel takes its neighbours' average
     omega3       weight of the position term
     bandwidth    of both Gaussians, in standard deviations

@@ -696,6 +696,8 @@ def test_weights_that_do_not_fit_or_are_no_weights_are_named(tmp_path, capfd):
              "nan.pt": (state | {"norm.bias": torch.full((48,), torch.nan)}, "norm.bias is not finite"),
              "code.pt": ({"a": Payload()}, "not a file of plain tensors"),
              "list.pt": ([1, 2], "no state dict"),
+             "swiglu.pt": ({k: v for k, v in state.items() if ".fc" not in k}     # LayerScale before no fc2
+                           | {"blocks.0.ls2.gamma": torch.ones(48)}, "12 tensors missing"),
              "224.pt": (state | {"pos_embed": torch.zeros(1, 197, 48)}, "pos_embed is (1, 197, 48)"),
              "safe.pt": (struct.pack("<Q", 2) + b"{}", "safetensors"),
              "short.pt": ((tmp_path / "whole.pt").read_bytes()[:5000], "damaged"),
@@ -892,6 +894,16 @@ def test_each_missing_piece_of_coco_is_named_with_the_command_that_gets_it(tmp_p
     refused(lambda: data.COCO(tmp_path), labels, "no map shows a thing")
 
 
+def test_scenes_differ_by_split_seed_and_number_and_stay_as_they_are_whatever_a_reader_does():
+    scenes = [data.Shapes(split, seed).image(i) for split in ("train", "val") for seed in (0, 1) for i in (0, 1)]
+    assert len({scene.tobytes() for scene in scenes}) == 8
+    source, label = data.Shapes(), data.Shapes().label(0)
+    assert len(np.unique(label)) in (3, 4) and label.max() <= 5                   # background, two or three
+    for array in (source.image(0), source.label(0)):
+        array[:] = 9
+    assert np.array_equal(source.image(0), scenes[0]) and np.array_equal(source.label(0), label)
+
+
 def test_the_list_of_coco_samples_is_kept_and_follows_names_and_sizes(tmp_path, monkeypatch):
     make_coco(tmp_path, {"a": 3, "b": 120, "c with space": 7})
     real, reads, ids = data.open_label, [], lambda root=".": data.COCO(root, cache=tmp_path / "cache").ids
@@ -905,6 +917,9 @@ def test_the_list_of_coco_samples_is_kept_and_follows_names_and_sizes(tmp_path, 
     noise = np.random.default_rng(0).integers(100, 120, (8, 9)).astype(np.uint8)
     save(tmp_path / "annotations/train2017/a.png", noise)                         # a map of another size
     assert ids() == ["c with space", "d"] and len(reads) == 11
+    for file in (tmp_path / "cache").iterdir():
+        file.write_bytes(b"")                             # after a power cut
+    refused(ids, "json: damaged; remove it")
 
 
 def test_an_unreadable_coco_map_stays_a_sample_that_is_named_and_is_not_remembered(tmp_path):
@@ -2014,7 +2029,7 @@ def test_a_kill_before_the_first_epoch_keeps_the_clusters(uninterrupted, tmp_pat
     assert log == uninterrupted[2] and same(checkpoint, uninterrupted[1])
 
 
-def test_a_run_goes_on_without_its_caches_weights_and_on_another_machine(uninterrupted, tmp_path, monkeypatch):
+def test_a_run_goes_on_without_caches_or_weights_and_on_another_machine(uninterrupted, tmp_path, monkeypatch):
     """Other kernels and threads stand for the other machine: there k-means would find other clusters."""
     shutil.copytree(uninterrupted[0] / "run", tmp_path / "run")
     elsewhere = dict(OMP_NUM_THREADS="2", ATEN_CPU_CAPABILITY="default", ONEDNN_MAX_CPU_ISA="SSE41")
@@ -2040,6 +2055,7 @@ def test_a_finished_run_says_so_and_changes_nothing_but_pictures_that_are_missin
     for name in ("last.pt", "best.pt", "log.jsonl"):
         assert (run / name).read_bytes() == (uninterrupted[0] / "run" / name).read_bytes()
     ends(2, "--lr 0.0005, now 0.5", "train.py", *RUN, "--out", run, "--lr", "0.5", "--epochs", "4")
+    ends(2, "--par 1 2 8 16, now 1 2: use another --out", "train.py", *RUN, "--out", run, "--par", "1", "2")
 
 
 def test_a_missing_process_is_told_and_the_waiting_one_can_be_ended(tmp_path):
@@ -2450,7 +2466,8 @@ def test_eval_prints_the_scores_of_the_log_and_draws_its_pictures(uninterrupted,
     scored = [ends(0, "24 images at", "eval.py", run / "last.pt", "--limit", "24", *how)
               for how in ((), ("--par",), ("--native",))]
     assert len({re.search(r"^mIoU ([\d.]+)", text, re.M)[1] for text in scored}) == 3
-    network, images = evaluation.restore(last, "cpu"), np.stack([data.shapes((9, i), 64)[0] for i in range(2)])
+    images = np.stack([data.shapes((9, i), 64)[0] for i in range(2)])
+    network = evaluation.restore(last, "cpu")
     found, heads = evaluation.stages(network, last, images), [network.student, network.teacher]
     drawn = evaluation.segment(network, last["rates"], images, (64, 64), heads=heads).numpy()
     assert np.array_equal(np.stack([found.student, found.teacher]), drawn) and (drawn[0] != drawn[1]).any()

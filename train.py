@@ -91,7 +91,7 @@ PRESETS = {"dmsa": {}, "released": RELEASED,
            "transfgu": RELEASED | dict(teacher_weight=0.5, lambdas=(0.0, None, None, None))}
 
 BANK_IMAGES, BANK_WINDOWS = 10_000, 200_000               # for k-means, at most
-KEPT = 2 ** 30                                            # bytes of val's features that stay in memory
+KEPT = 2 ** 30                                            # bytes of val's features that a process keeps
 LOSSES = ("seg", "ce", "un", "cls", "all")                # of Eq. 6, and their weighted sum
 
 # torchrun's numbers: of this process, of this process on its machine, how many there are; -1: no number
@@ -418,7 +418,7 @@ def batches(args, images, cams, steps, epoch, device):
 # temporary name and moved into place, so that one that is there is whole: a killed run goes on at the next.
 
 SHARDS = 64                                               # of a cache at most: each keeps a file open
-VERSION = 1                                               # raise it when a cached computation changes
+VERSION = 1                                               # raise it when SHARDS or a computation changes
 
 
 class Cache:
@@ -451,7 +451,8 @@ def cached(args, name, key, n, compute):
     """The Cache of n records; each process computes its share of the shards that are not there.
 
     key      all that the records depend on; it names the folder
-    compute  range of records -> array of them. An image has any number of windows: read their `.shards`
+    compute  range of images -> array of their records: one each, or of windows any number each; then only the
+             `shards` of the Cache can be read
     """
     digest = hashlib.sha256(json.dumps([VERSION, key]).encode()).hexdigest()[:16]
     folder = Path(args.out).parent / "cache" / f"{args.data}-{name}-{digest}"
@@ -461,7 +462,7 @@ def cached(args, name, key, n, compute):
     start, progress = time.time(), Progress(f"{name}: part", len(missing))
     for count, k in enumerate(missing, 1):
         records = compute(range(bounds[k], bounds[k + 1]))
-        write_whole(files[k], lambda f: np.save(f, records), sync=False)          # a loss costs a shard
+        write_whole(files[k], lambda f: np.save(f, records), sync=False)          # a power cut costs a shard
         if RANK == 0:
             progress(count)
     barrier()
@@ -476,7 +477,7 @@ def write_whole(file, save, sync=True):
     sync   wait for the disk, so that a power cut does no harm either; caches do without
     """
     part, content = file.with_name(f"{file.name}.{secrets.token_hex(4)}.part"), io.BytesIO()
-    save(content)                                         # to memory: numpy and torch do not name a full disk
+    save(content)                                         # to memory: numpy and torch name no full disk
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as f:
@@ -511,7 +512,7 @@ def identity(source):                                     # read once: COCO has 
 
 
 def open_data(args, state):
-    """The splits, {"train": data set, "val": data set}; a folder has no val. `state`: as of `resume`."""
+    """The splits, {"train": data set, "val": data set}; a folder has no val. state: of `resume`."""
     sources = {}
     for split in ("train",) if args.data == "folder" else ("train", "val"):
         with zero_first(RANK):                            # the first process lists COCO's images for all
@@ -594,21 +595,21 @@ def confusion_of(trainer, inputs, labels, predict, heads=1):
 class Seen:
     """Images as the frozen ViT sees them: seen[a:b] are x, msa of `DMSA.features`, (b - a, D, h, w) each.
 
-    Every epoch asks for the same slices, so they are computed once, as far as KEPT bytes hold them: all of
-    `shapes` (59 MB), a seventh of VOC (7 GB).
+    Every epoch asks for the same slices, so each is computed once, as far as KEPT bytes hold them: all of
+    `shapes` (59 MB), a seventh of VOC's 7 GB. The others are computed anew each time.
     """
 
     def __init__(self, network, images):
         self.network, self.images, self.kept, self.room = network, images, {}, KEPT
 
     def __getitem__(self, part):
-        features = self.kept.get(part.start)
+        features = self.kept.get((part.start, part.stop))
         if features is None:
             image = data.to_float(self.images[part], self.network.vit.cls_token.device)
             features = self.network.features(normalise(image))
             self.room -= sum(x.nbytes for x in features)
             if self.room >= 0:
-                self.kept[part.start] = features
+                self.kept[part.start, part.stop] = features
         return features
 
 
@@ -765,8 +766,8 @@ def resume(args):
     for name, now in vars(args).items() if state else ():
         then = state["args"].get(name)
         if name not in may_differ and then != now:
-            raise UserError(f"{file}: begun with {flag(name)} {then}, now {now}: use another --out, give the "
-                            f"same option to go on, or remove this file to begin anew")
+            raise UserError(f"{file}: begun with {flag(name)} {words(then)}, now {words(now)}: use another "
+                            f"--out, give the same option to go on, or remove this file to begin anew")
     return state
 
 
@@ -891,7 +892,7 @@ def end_on_signals():
 
 # ----------------------------------------------------------------------------
 # Options. Name: type, where a tuple is choices and a list several values; least and most; unit; help.
-# Defaults stand in SETTINGS and nowhere else.
+# Their defaults stand in SETTINGS.
 
 OPTIONS = {
     "root": (str, None, "DIR", "folder of the data sets, or of the images for --data folder"),
@@ -941,6 +942,13 @@ def flag(name):
     return "--" + name.replace("_", "-")
 
 
+def words(value):
+    """A setting as it is typed."""
+    if value is None:
+        return "not given"
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
 def option_parser():
     p = argparse.ArgumentParser(description="Train DMSA.", epilog=__doc__.split("\n\n")[1],
                                 usage=argparse.SUPPRESS, allow_abbrev=False,      # errors are one line
@@ -950,7 +958,6 @@ def option_parser():
                    help="DMSA, TransFGU, or DMSA as its authors released it (default: dmsa)")
     p.add_argument("--dry-run", action="store_true",
                    help="check options, data and weights, print the settings, and stop")
-    words = lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
     for name, (kind, _, unit, text) in OPTIONS.items():
         if name in COMMON:                                # the default, and those of other data sets
             defaults = [words(COMMON[name])] if COMMON[name] is not None else []
@@ -1010,7 +1017,8 @@ def dry_run(args):
 
 
 def run(args):
-    """Returns the exit code: 0; after one line 2 for what a user can mend, else 1; 1 after a traceback."""
+    """Returns the exit code: 0; 2 after one line on what a user can mend; 1 after one line on a loss that is
+    not finite or a process that is gone, and after a traceback."""
     try:
         device = start_processes(args.device)
         if args.data == "folder":

@@ -429,7 +429,7 @@ def whole(root, backbone, processes, options):
 
 def main():
     p = argparse.ArgumentParser(description="Time and memory of DMSA's parts beside their textbook forms.",
-                                usage=argparse.SUPPRESS, allow_abbrev=False)      # other options go to train.py
+                                usage=argparse.SUPPRESS, allow_abbrev=False)     # others: train.py
     p.add_argument("--quick", action="store_true", help="half the repetitions")
     p.add_argument("--only", default="", metavar="WORD", help=f"of: {', '.join(CASES)} (default: all)")
     p.add_argument("--parts", action="store_true", help="instead: the parts of a VOC run on this GPU or CPU")
