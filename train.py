@@ -620,7 +620,10 @@ def score(trainer, val, labels, epoch):
     """
     network, rates = trainer.network.eval(), rates_of(trainer.args, epoch)
     heads = [network.student] + [network.teacher] * (teacher_age(trainer.args, epoch) is not None)
-    clusters = lambda features, size: enlarged(head_logits(network, rates, features, heads), size).argmax(2)
+
+    def clusters(features, size):                         # of a group of val -> (heads, b, *size)
+        return enlarged(head_logits(network, rates, features, heads), size).argmax(2).byte()
+
     result, *teacher = map(scores, confusion_of(trainer, val, labels, clusters, len(heads)))
     network.train()
     trainer.assignment = result["assignment"].tolist()
