@@ -42,7 +42,7 @@ from data import UserError
 from model import BACKBONES, DMSA, VisionTransformer, normalise, read_tensors
 from par import PAR
 
-GROUP = 16                                                # images of one forward pass
+GROUP = 8                                                 # images of one forward pass
 MOST = 1024                                               # pixels: longest side of masks and --native images
 ROWS = {",".join(map(str, rates)): list(rates) for rates in TABLE_1.values()}     # "1,1,2,3": [1, 1, 2, 3]
 SHEET = 500                                               # images that clusters.png is made from, at most

@@ -360,7 +360,7 @@ def parts(backbone, crops):
     rand = lambda *shape: torch.rand(*shape, device=device)
     draws = data.Draws(*(numbers.to(device) for numbers in data.draw(0, epoch, range(crops))))
     part = train.Part(rand(crops, 3, S, S), rand(crops, 20, cells, cells), draws)
-    large, images, centroids = rand(1, 3, args.bank, args.bank), rand(GROUP, 3, S, S), rand(20, vit.embed_dim)
+    large, images, centroids = rand(1, 3, args.bank, args.bank), rand(16, 3, S, S), rand(20, vit.embed_dim)
     cut, masks = data.crop(part.image, draws, args.crop), rand(crops, 21, cells // 2, cells // 2)
     squashed, size = np.zeros((GROUP, S, S, 3), np.uint8), (S, S)
     steps = args.epochs * args.repeat * TRAIN / crops
@@ -376,8 +376,8 @@ def parts(backbone, crops):
     print("|---|---|---|")
     for name, form, times in (
             (f"windows of an image, {len(windows())} kept", windows, TRAIN),
-            (f"CAM, {GROUP} images", lambda: cam.class_activation_maps(vit, images, centroids),
-             (TRAIN + VAL) / GROUP),
+            ("CAM, 16 images", lambda: cam.class_activation_maps(vit, images, centroids),
+             (TRAIN + VAL) / 16),
             (f"evaluation, {GROUP} images",
              lambda: segment(network, (1, 6, 12, 18), squashed, size, heads=heads),
              args.epochs * VAL / GROUP),
