@@ -133,7 +133,9 @@ def main():
     g = torch.Generator().manual_seed(args.seed)
     try:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        open(f"{args.out}.part", "wb").close()            # whether it can be written is told now
+        part = Path(f"{args.out}.part")
+        part.touch()                                      # whether it can be written is told now
+        part.unlink()
         with ProcessPoolExecutor() as pool:
             if args.data == "shapes":
                 pictures = list(pool.map(pair, range(args.images), chunksize=64))
@@ -185,8 +187,8 @@ def main():
                   f"attended {share:.2f}  {time.time() - start:.0f} s", flush=True)
             if share < ATTENDED:
                 break
-    torch.save({k: v.half() for k, v in teacher[0].state_dict().items()}, f"{args.out}.part")
-    Path(f"{args.out}.part").replace(args.out)
+    torch.save({k: v.half() for k, v in teacher[0].state_dict().items()}, part)
+    part.replace(args.out)
     print(f"wrote {args.out}: {Path(args.out).stat().st_size / 1e6:.1f} MB, {time.time() - start:.0f} s")
 
 
