@@ -213,6 +213,7 @@ def test_par_equals_eq_4_written_as_loops_for_images_of_any_range(dilations, ite
     for n in range(2):
         assert_close(refined[n], textbook_par(image[n], masks[n], dilations, iterations), rtol=0, atol=1e-5)
     assert_close(par.affinity(255 * image, dilations), par.affinity(image, dilations), rtol=1e-3, atol=1e-4)
+    assert par.PAR(dilations, 1)(image.half().requires_grad_(), masks.half()).dtype == torch.float32
 
 
 def test_par_gives_the_same_however_many_images_it_takes_at_once(monkeypatch):
@@ -895,7 +896,8 @@ def test_each_missing_piece_of_coco_is_named_with_the_command_that_gets_it(tmp_p
 
 
 def test_scenes_differ_by_split_seed_and_number_and_stay_as_they_are_whatever_a_reader_does():
-    scenes = [data.Shapes(split, seed).image(i) for split in ("train", "val") for seed in (0, 1) for i in (0, 1)]
+    scenes = [data.Shapes(split, seed).image(i)
+              for split in ("train", "val") for seed in (0, 1) for i in (0, 1)]
     assert len({scene.tobytes() for scene in scenes}) == 8
     source, label = data.Shapes(), data.Shapes().label(0)
     assert len(np.unique(label)) in (3, 4) and label.max() <= 5                   # background, two or three
@@ -2013,8 +2015,8 @@ def test_an_interrupted_run_ends_bitwise_as_the_uninterrupted_one(uninterrupted,
     (run / "last.pt.0-1.part").write_bytes(b"half a checkpoint")    # what a kill during a save leaves behind
     (code, text), *_ = program("train.py", *RUN, "--out", run, world=world)
     shown = re.findall(r"epoch (\d)/3 .* all (-?[\d.]+)", text)
-    after = re.search(r"going on after epoch ([12])", text)                       # 2: this test looked late
-    assert code == 0 and after and int(shown[0][0]) == int(after[1]) + 1 and shown[-1][0] == "3", text
+    assert code == 0 and "going on after epoch 1" in text, text
+    assert [epoch for epoch, _ in shown] == ["2", "3"]
     assert log_values(run) == log
     assert same(evaluation.load_checkpoint(run / "last.pt"), checkpoint)
 
@@ -2169,10 +2171,13 @@ def test_transfgus_teacher_becomes_the_student_which_starts_anew(tmp_path):
     assert ["teacher_miou" in record for record in log if "miou" in record] == [False, False, True]
 
 
+@pytest.mark.skipif(not hasattr(torch.cpu, "get_capabilities"), reason="torch is too old to tell")
+def test_whether_a_cpu_multiplies_in_bf16_is_found_as_torch_finds_it():
+    flags = torch.cpu.get_capabilities()
+    assert train.cpu_has_bf16() == any(has is True for name, has in flags.items() if "bf16" in name)
+
+
 def test_bf16_on_a_cpu_without_it_is_told(monkeypatch, capsys):
-    if hasattr(torch.cpu, "get_capabilities"):            # newer than torch 2.6
-        flags = torch.cpu.get_capabilities()
-        assert train.cpu_has_bf16() == any(has is True for name, has in flags.items() if "bf16" in name)
     for precision, has, told in (("bf16", False, True), ("bf16", True, False), ("auto", False, False)):
         monkeypatch.setattr(train, "cpu_has_bf16", lambda: has)
         train.Trainer(options("--precision", precision), small_vit(), data.Shapes(), {}, torch.device("cpu"))
