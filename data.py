@@ -18,6 +18,7 @@ import argparse
 import colorsys
 import contextlib
 import hashlib
+import io
 import json
 import math
 import os
@@ -25,6 +26,8 @@ import re
 import secrets
 import stat
 import sys
+import time
+import traceback
 import warnings
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -41,15 +44,90 @@ from PIL.JpegImagePlugin import JpegImageFile
 VOID = 255                                                # label of pixels that belong to no class
 
 
+# ----------------------------------------------------------------------------
+# What every program does alike: errors become lines, and files are written whole
+
+
 class UserError(OSError):
-    """Something that a user can mend. The message is one line: what is wrong, where, what to do."""
+    """Something that a user can put right. The message is one line: what is wrong, where, what to do."""
+
+
+def one_line(error):
+    """The error's message without line breaks, at most 300 characters; its type if it has none."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def report(error):
     """Print an error, a UserError or the system's OSError or any text, as `PROGRAM: LINE`; returns 2."""
-    line = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else error
+    line = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else one_line(error)
     print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
     return 2
+
+
+def exit_code(main):
+    """Run main(), a whole program, and return its exit code. Errors become one line on stderr.
+
+    returns   0: done, or what main() returned. 2: something that a user can put right, also too little
+              memory. 1: a number that is not finite, a lost process or, after a traceback, a mistake of ours
+    """
+    sys.stdout.reconfigure(errors="backslashreplace")     # names of files may be in any encoding
+    try:
+        return main() or 0
+    except (FloatingPointError, ConnectionError) as error:
+        report(error)
+        return 1
+    except OSError as error:                              # a UserError, or what the system refuses
+        return report(error)
+    except Exception as error:
+        message = str(error).lower()                      # torch, the driver of a GPU and nccl: a type each
+        if isinstance(error, MemoryError) or any(words in message for words in CPU_MEMORY):
+            return report(f"too little memory on this machine: close other programs or ask for less (smaller "
+                          f"--size, larger --accumulate, --limit): {one_line(error)}")
+        if "out of memory" in message:
+            return report(f"too little memory on the GPU: free it, ask for less (smaller --size, larger "
+                          f"--accumulate), or use --device cpu: {one_line(error)}")
+        traceback.print_exc()
+        return 1
+
+
+# of torch's allocator, on Linux and macOS and on Windows, and of the system
+CPU_MEMORY = ("can't allocate memory", "not enough memory", "cannot allocate memory")
+TEMPORARY = ".tmp"                                        # suffix of files that are being written
+
+
+def write_whole(file, save, sync=True):
+    """Write what save(f) writes to a temporary file and move it into place: `file` is always whole.
+
+    sync     wait for the disk, so that a power cut does no harm either; caches do without
+    raises   UserError if the file cannot be written; what stood there before stays
+    """
+    file, content = Path(file), io.BytesIO()
+    temporary = file.with_name(f"{file.name}.{secrets.token_hex(4)}{TEMPORARY}")  # other processes write, too
+    save(content)                                         # to memory: numpy and torch name no full disk
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as f:
+            f.write(content.getbuffer())
+            f.flush()
+            if sync:
+                os.fsync(f.fileno())
+        os.replace(temporary, file)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise UserError(f"{file}: cannot be written ({error.strerror}); put that right, and the same command "
+                        f"goes on") from None
+
+
+def remove_temporary(folder):
+    """Remove what killed processes left in a folder: temporary files that nobody has touched for 10 minutes.
+
+    Younger ones may be those of a process that is writing there now.
+    """
+    for file in Path(folder).glob(f"*{TEMPORARY}"):
+        with contextlib.suppress(OSError):                # another process removed it first
+            if file.stat().st_mtime < time.time() - 600:
+                file.unlink()
 
 
 # ----------------------------------------------------------------------------
@@ -324,6 +402,17 @@ def coco_table(kind):
     return table
 
 
+def class_shares(pixels, names):
+    """One line on the classes that labels show, and their shares of all pixels, from the largest on.
+
+    pixels   (256,) or (n + 1,): how many pixels have each class index; void stands behind the n classes
+    """
+    total, shown = max(1, pixels.sum()), sorted(zip(pixels, names), key=lambda c: -c[0])
+    words = [f"{name} {100 * count / total:.1f} %" for count, name in shown if count]
+    words += [f"void {100 * pixels[len(names):].sum() / total:.1f} %"]
+    return f"labels show {len(words) - 1} of {len(names)} classes: {', '.join(words)}"
+
+
 def palette():
     """PASCAL VOC's colours: (256, 3) uint8. Class indices are spread over the bits of the three channels."""
     bit = lambda b: (np.arange(256) >> b) & 1
@@ -354,6 +443,10 @@ class Dataset:
     def limit(self, n):
         """Keep the first n images."""
         self.ids, self.images, self.labels = self.ids[:n], self.images[:n], self.labels[:n]
+
+    def summary(self):
+        """One line on what was read."""
+        return f"{len(self)} images"
 
     def image(self, i):
         """uint8 (H, W, 3). Raises UserError naming the file."""
@@ -465,10 +558,7 @@ class COCO(Dataset):
             if not self.ids:
                 raise UserError(f"{labels}: no map shows a thing (values 0 to 90); {advice}")
             if kept and None not in shown:
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                part = kept.with_suffix(f".{secrets.token_hex(8)}")               # other processes write, too
-                part.write_text(json.dumps(self.ids))
-                os.replace(part, kept)
+                write_whole(kept, lambda f: f.write(json.dumps(self.ids).encode()), sync=False)
         self.images = [images / f"{i}.jpg" for i in self.ids]
         self.labels = [labels / f"{i}.png" for i in self.ids]
 
