@@ -4,7 +4,7 @@
 multi-head self-attention (msa): x + msa + 0.1 aspp(msa), decision 30. The dilation rates change with the
 epoch, the weights stay.
 
-    constants -> dilation_rates() -> output_size() -> AtrousDepthwise, Branch -> class ASPP -> main()
+    TABLE_1 -> dilation_rates() -> Branch -> class ASPP -> output_size() (Eq. 1) -> main()
 
 Needs torch only (the picture of `python aspp.py` needs pillow): copy this file anywhere. "Decision N" is row
 N of docs/decisions.md in the DMSA repository, which says what was chosen where the paper is silent.
@@ -39,49 +39,31 @@ def dilation_rates(epoch):
     return TABLE_1[epoch % 10]
 
 
-def output_size(m, kernel=3, rate=1, padding=0, stride=1):
-    """Eq. 1: M = (m + 2p - k') / s + 1, with the effective kernel k' = k + (k - 1)(r - 1).
-
-    m and the result are the side of the feature map, before and after, in patches.
-    The paper rounds the quotient up; every convolution library rounds it down (decision 5). At stride 1
-    nothing is rounded, and padding p = r gives M = m for a 3x3 kernel at every rate.
-    """
-    effective = kernel + (kernel - 1) * (rate - 1)
-    return (m + 2 * padding - effective) // stride + 1
-
-
 # ----------------------------------------------------------------------------
 # The module: five branches, concatenated and projected, as in DeepLabV3+
-
-
-class AtrousDepthwise(nn.Conv2d):
-    """3x3 convolution within each channel whose dilation rate is an argument of the forward pass."""
-
-    def __init__(self, dim):
-        super().__init__(dim, dim, 3, groups=dim, bias=False)
-
-    def forward(self, x, rate):
-        """x (B, D, h, w) -> (B, D, h, w): with padding = rate the size stays (Eq. 1)."""
-        return F.conv2d(x, self.weight, padding=rate, dilation=rate, groups=self.groups)
 
 
 class Branch(nn.Module):
     """1x1 convolution -> GroupNorm -> ReLU; `separable`: a 3x3 convolution within each channel comes first.
 
-    GroupNorm, not BatchNorm: it has no statistics of the batch, so that any split of it over processes
-    gives the same, and the pooling branch works on a single image (decision 6).
+    dim      channels in, D
+    width    channels out, a multiple of 8
+
+    GroupNorm, not BatchNorm: each image is normalised by itself, so that the result depends neither on the
+    batch nor on how it is split over processes, and the pooling branch works on one image (decision 6).
     """
 
     def __init__(self, dim, width, separable=False):
         super().__init__()
-        self.depthwise = AtrousDepthwise(dim) if separable else None
+        self.depthwise = nn.Conv2d(dim, dim, 3, groups=dim, bias=False) if separable else None
         self.pointwise = nn.Conv2d(dim, width, 1, bias=False)
         self.norm = nn.GroupNorm(width // 8, width)
 
     def forward(self, x, rate=1):
         """x (B, D, h, w) -> (B, width, h, w); `rate` is the dilation of the 3x3 kernel, in patches."""
-        if self.depthwise is not None:
-            x = self.depthwise(x, rate)
+        if self.depthwise is not None:                    # its weight, at this epoch's rate
+            weight = self.depthwise.weight                                        # (D, 1, 3, 3)
+            x = F.conv2d(x, weight, padding=rate, dilation=rate, groups=len(weight))      # Eq. 1: p = r, M = m
         return F.relu(self.norm(self.pointwise(x)))
 
 
@@ -104,6 +86,10 @@ class ASPP(nn.Module):
         self.atrous = nn.ModuleList(Branch(dim, width, separable=True) for _ in range(3))
         self.pool = Branch(dim, width)
         self.project = nn.Conv2d(5 * width, dim, 1)
+        self.initialize()
+
+    def initialize(self):
+        """Kaiming's normal, DeepLabV3+'s, for every convolution; then the projection to zero (decision 2)."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight)
@@ -112,11 +98,14 @@ class ASPP(nn.Module):
 
     def branches(self, x, rates):
         """The five branches before the projection: (B, D, h, w) -> (B, 5 * width, h, w)."""
-        pooled = self.pool(x.mean((2, 3), keepdim=True))                  # (B, width, 1, 1)
+        _, r1, r2, r3 = rates
+        pooled = self.pool(x.mean((2, 3), keepdim=True))                          # (B, width, 1, 1)
         return torch.cat([
-            self.point(x),                                                # (B, width, h, w)
-            *(branch(x, rate) for branch, rate in zip(self.atrous, rates[1:])),   # (B, width, h, w) each
-            pooled.expand(-1, -1, *x.shape[2:]),                          # the same value at every patch
+            self.point(x),                                                        # (B, width, h, w)
+            self.atrous[0](x, r1),                                                # (B, width, h, w)
+            self.atrous[1](x, r2),                                                # (B, width, h, w)
+            self.atrous[2](x, r3),                                                # (B, width, h, w)
+            pooled.expand(-1, -1, *x.shape[2:]),          # (B, width, h, w), the same at every patch
         ], dim=1)
 
     def forward(self, x, rates):
@@ -130,13 +119,25 @@ class ASPP(nn.Module):
 
 
 # ----------------------------------------------------------------------------
-# The concept in one picture
+# Eq. 1 in numbers, and the dilation rates in one picture
+
+
+def output_size(m, kernel=3, rate=1, padding=0, stride=1):
+    """Eq. 1: M = (m + 2p - k') / s + 1, with the effective kernel k' = k + (k - 1)(r - 1).
+
+    m and the result are the side of the feature map, before and after, in patches.
+    The paper rounds the quotient up; every convolution library rounds it down (decision 5). At stride 1
+    nothing is rounded, and padding p = r gives M = m for a 3x3 kernel at every rate: `main` prints it.
+    """
+    effective = kernel + (kernel - 1) * (rate - 1)
+    return (m + 2 * padding - effective) // stride + 1
 
 
 def main():
     """Draw the taps that one patch reads, for the four rows of Table 1; print the sizes that Eq. 1 gives."""
     from PIL import Image, ImageDraw
-    grid, cell, gap = 20, 14, 24
+    grid, centre = 20, 9                                  # patches of a side; row and column of the red one
+    cell, gap, top = 14, 24, 40                           # pixels
     colours = ("#d62728", "#1f77b4", "#2ca02c", "#ff7f0e")                # the centre, then the branches
     rows = [("epoch mod 10 = 1 3 5 7", 1), ("2 4 6", 2), ("8 9", 8), ("0", 10)]
     page = Image.new("RGB", (len(rows) * (grid * cell + gap) + gap, grid * cell + 64), "white")
@@ -145,10 +146,10 @@ def main():
     for column, (name, epoch) in enumerate(rows):
         rates = dilation_rates(epoch)
         print(f"{str(rates):16} {[output_size(grid, 3, r, padding=r) for r in rates[1:]]}")
-        left, top, centre = gap + column * (grid * cell + gap), 40, grid // 2 - 1
-        lost = sum(rate > grid - 1 - centre for rate in rates[1:])
+        left = gap + column * (grid * cell + gap)
+        outside = sum(rate > grid - 1 - centre for rate in rates[1:])     # branches with taps off the grid
         draw.text((left, 8), f"{name}:  {list(rates)}", "black")
-        draw.text((left, 22), f"{lost} of 3 branches read zeros around it" if lost else "", "black")
+        draw.text((left, 22), f"{outside} of 3 branches read zeros around it" if outside else "", "black")
         draw.text((left, top + grid * cell + 6), "the patch itself", colours[0])
         for y in range(grid):
             for x in range(grid):
