@@ -119,14 +119,14 @@ def write_whole(file, save, sync=True):
                         f"goes on") from None
 
 
-def remove_temporary(folder):
-    """Remove what killed processes left in a folder: temporary files that nobody has touched for 10 minutes.
+def remove_temporary(folder, age=600):
+    """Remove what killed processes left in a folder: temporary files that nobody has touched for `age` seconds.
 
     Younger ones may be those of a process that is writing there now.
     """
     for file in Path(folder).glob(f"*{TEMPORARY}"):
         with contextlib.suppress(OSError):                # another process removed it first
-            if file.stat().st_mtime < time.time() - 600:
+            if file.stat().st_mtime <= time.time() - age:
                 file.unlink()
 
 

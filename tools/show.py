@@ -1,0 +1,131 @@
+"""What a run makes of single photographs, drawn.
+
+    python tools/show.py explain runs/voc photo.jpg       # every stage of Fig. 2 for one photograph
+    python tools/show.py compare runs/voc runs/other      # runs side by side on val (Figs. 3 and 4)
+    python tools/show.py compare runs/voc runs/other --predict photos
+    python tools/show.py clusters runs/folder             # what each cluster shows: clusters.png in that folder
+
+A run is its folder (best.pt, or last.pt where there is no best) or one of its checkpoints.
+"""
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)          # Ctrl-C: no traceback
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data                                               # noqa: E402
+from eval import check_outside, open_run, open_split, restore, segment_photograph     # noqa: E402
+from tools.pictures import TILE, cluster_sheet, grey, page, stages                    # noqa: E402
+
+
+def explain(args):
+    """explain.png: every stage of Fig. 2 for one photograph; CAM maps of the five largest, background aside."""
+    check_outside(args.out, [args.photo])
+    checkpoint = open_run(args.run)
+    network = restore(checkpoint, args.device)
+    size, names = checkpoint["args"]["size"], checkpoint["names"]
+    assignment = np.array(checkpoint["assignment"])       # cluster -> class
+    photo = data.open_image(args.photo, True, least=2 * size)
+    image = data.squash(photo, size, antialias=True)
+    stage = stages(network, checkpoint, image[None])
+    first = int(checkpoint["background"])                 # map k is channel k + first; channel 0: background
+    K = stage.maps.shape[1]
+    pixels = np.bincount(stage.coarse.flatten(), minlength=first + K)             # of each channel
+    largest = pixels[first:].argsort()[::-1][:5]
+    top = [image, grey(stage.attention[0], size)]
+    top += [grey(stage.maps[0, k] / stage.maps.max(), size) for k in largest]
+    masks = {"coarse label": stage.coarse, "teacher": stage.teacher, "pseudo label": stage.pseudo,
+             "prediction": stage.student}
+    if not checkpoint["teacher_on"]:                      # an untrained head, or not yet in use
+        del masks["teacher"]
+    bottom = []
+    for title, mask in masks.items():
+        colours = data.palette()[assignment[mask[0]]]
+        tile = Image.fromarray(colours).resize((TILE, TILE), Image.NEAREST)
+        ImageDraw.Draw(tile).text((4, 2), title, "white", stroke_width=1, stroke_fill="black")
+        bottom.append(np.array(tile))
+    titles = ["image", "attention"] + [f"CAM: {names[assignment[k + first]]}" for k in largest]
+    save(page([top, bottom], titles, names), Path(args.out) / f"{Path(args.photo).stem}_explain.png")
+
+
+def compare(args):
+    """compare.png: the same images by several runs side by side (Figs. 3 and 4)."""
+    check_outside(args.out, args.predict or ())
+    checkpoints = [open_run(run) for run in args.runs]
+    names = checkpoints[0]["names"]
+    for run, checkpoint in zip(args.runs, checkpoints):
+        if checkpoint["names"] != names:
+            raise data.UserError(f"{run}: has other classes than {args.runs[0]}; compare runs on one data set")
+    networks = [restore(checkpoint, args.device) for checkpoint in checkpoints]
+    source = data.Folder(args.predict) if args.predict else open_split(checkpoints[0])
+    rows = []
+    for i in range(min(len(source), args.limit)):
+        image = source.image(i)
+        masks = [segment_photograph(network, checkpoint, image)
+                 for network, checkpoint in zip(networks, checkpoints)]
+        label = source.label(i)                           # None without labels
+        if label is not None:
+            masks.append(label)
+        rows.append([data.squash(image, TILE)]
+                    + [data.palette()[data.squash(mask, TILE, "nearest")] for mask in masks])
+    titles = ["image", *(run if len(run) < 25 else f"..{run[-22:]}" for run in args.runs), "truth"]
+    save(page(rows, titles[:len(rows[0])], names), Path(args.out) / "compare.png")
+
+
+def clusters(args):
+    """clusters.png beside the checkpoint, as a run on a folder draws it at its end."""
+    checkpoint = open_run(args.run)
+    source = open_split(checkpoint, split="train", limit=checkpoint["args"]["limit"])
+    network = restore(checkpoint, args.device)
+    folder = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent
+    save(cluster_sheet(network, checkpoint, source), folder / "clusters.png")
+
+
+def save(picture, file):
+    data.write_whole(file, lambda f: picture.save(f, "PNG"))
+    print(f"wrote {file}")
+
+
+def parse(argv=None):
+    p = argparse.ArgumentParser(description="Draw what a run makes of photographs.", usage=argparse.SUPPRESS,
+                                allow_abbrev=False, epilog=__doc__.split("\n\n")[1],
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    below = p.add_subparsers(dest="what", required=True, metavar="explain | compare | clusters")
+    for draw in (explain, compare, clusters):
+        own = below.add_parser(draw.__name__, description=draw.__doc__, usage=argparse.SUPPRESS,
+                               allow_abbrev=False)
+        own.set_defaults(draw=draw)
+        if draw is compare:
+            own.add_argument("runs", nargs="+", metavar="RUN", help="folders or checkpoints of runs")
+            own.add_argument("--predict", nargs="+", metavar="PATH",
+                help="images and folders (default: val of the first run's data set)")
+            own.add_argument("--limit", type=int, default=6, metavar="N", help="the first N images (default: 6)")
+        else:
+            own.add_argument("run", metavar="RUN", help="folder or checkpoint of a run")
+        if draw is explain:
+            own.add_argument("photo", metavar="PHOTO")
+        if draw is not clusters:
+            own.add_argument("--out", default="masks", metavar="DIR",
+                help="folder of the picture (default: masks)")
+        own.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
+            help="auto: cuda if there is one (default)")
+    args = p.parse_args(argv)
+    if args.what == "compare" and args.limit < 1:
+        p.error(f"--limit {args.limit}: must be at least 1")
+    return args
+
+
+def main():
+    args = parse()
+    args.draw(args)
+
+
+if __name__ == "__main__":
+    sys.exit(data.exit_code(main))
