@@ -103,8 +103,8 @@ def scores(confusion):
     classes = np.flatnonzero(confusion.sum(1))            # those that the labels show
     if len(classes) < 2:
         shown = f"class {classes[0]} and void (255)" if len(classes) else "void (255)"
-        raise UserError(f"the labels show nothing but {shown}: there is nothing to score. If 255 stands for an "
-                        f"object in them, give it a class's number; else check their folder")
+        raise UserError(f"the labels show nothing but {shown}: nothing to score. If 255 stands for an object "
+                        f"in them, give it a class's number; else check their folder")
     one_to_one = hungarian(confusion)
     many_to_one = confusion.argmax(0)
     miou, accuracy, iou = miou_and_accuracy(confusion, one_to_one)
@@ -155,7 +155,8 @@ def with_names(checkpoint, file):
     if not file.exists():
         return checkpoint
     if checkpoint["args"]["data"] != "folder":
-        raise UserError(f"{file}: {checkpoint['args']['data']} has class names of its own; move this file away")
+        raise UserError(f"{file}: {checkpoint['args']['data']} has class names of its own; move this file "
+                        f"away")
     names = list(checkpoint["names"])
     unnamed = set(range(len(names)))                      # numbers that no line has named yet
     for count, line in enumerate(file.read_bytes().splitlines(), 1):
@@ -190,7 +191,7 @@ def restore(checkpoint, device="auto"):
         network.student.load_state_dict(checkpoint["student"])
         network.teacher.load_state_dict(checkpoint["teacher"])
     except (RuntimeError, TypeError):                     # other tensors, or none
-        raise UserError("the tensors of this checkpoint do not fit its own options; use another one") from None
+        raise UserError("the tensors of this checkpoint do not fit its own options; use another") from None
     torch.backends.cudnn.allow_tf32 = False               # full fp32 on GPUs too, as in training
     return network.to(available(device)).eval()
 
@@ -329,7 +330,7 @@ def score(network, checkpoint, source, native, par, flip):
         progress(group.stop)
     print(data.class_shares(pixels, source.names))
     result = scores(confusion)
-    cluster_of = {int(c): cluster for cluster, c in enumerate(hungarian(confusion))}              # class -> cluster
+    cluster_of = {int(c): cluster for cluster, c in enumerate(hungarian(confusion))}      # class -> cluster
     print("class                 cluster     IoU")
     for c, name in enumerate(source.names):
         iou = "absent" if np.isnan(result["iou"][c]) else f"{result['iou'][c]:6.2f}"
@@ -356,7 +357,7 @@ def check_outside(out, photographs):
 
 
 def photographs_by_name(source):
-    """{name: index} of a data.Folder. Raises UserError if the masks of two photographs would have one name."""
+    """{name: index} of a data.Folder. Raises UserError if two photographs' masks would have one name."""
     index = {}
     for i, (name, file) in enumerate(zip(source.ids, source.images)):
         other = source.images[index.setdefault(name, i)]  # a photograph that is given twice is no problem

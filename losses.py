@@ -89,10 +89,10 @@ def confident_patches(cam, background=True, threshold=THRESHOLD):
 # ----------------------------------------------------------------------------
 # Maps (B, H, W), and their means.
 #
-# A batch may be spread over processes, and over micro-batches in one process. The mean over a batch is not the
-# mean of its micro-batches' means. So a mean here divides by a number of pixels that the caller may give: with
-# those of the whole batch (`pixel_counts`, added up over all micro-batches), the losses and gradients of the
-# micro-batches add up to those of the batch in one piece.
+# A batch may be spread over processes, and over micro-batches in one process. The mean over a batch is not
+# the mean of its micro-batches' means. So a mean here divides by a number of pixels that the caller may give:
+# with those of the whole batch (`pixel_counts`, added up over all micro-batches), the losses and gradients of
+# the micro-batches add up to those of the batch in one piece.
 
 
 def mean_over(values, pixels, n_pixels=None):
@@ -136,7 +136,7 @@ def doubt(logits):
 
 
 def balanced_mean(ce, label, foreground, n_background=None, n_foreground=None):
-    """Mean of ce (B, H, W) over background and over foreground, each counting one half; void counts nowhere."""
+    """Mean of ce (B, H, W) over background and over foreground, of which each counts one half; void none."""
     valid = label != VOID
     of_background = mean_over(ce, valid & ~foreground, n_background)
     of_foreground = mean_over(ce, valid & foreground, n_foreground)

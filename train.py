@@ -97,7 +97,7 @@ def parse(argv=None, **settings):
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS)
     first.add_argument("--data", choices=data.NAMES, default="shapes", help="data set (%(default)s)")
     name = first.parse_known_args(argv)[0].data
-    p = argparse.ArgumentParser(parents=[first], allow_abbrev=False, usage=argparse.SUPPRESS,     # short errors
+    p = argparse.ArgumentParser(parents=[first], allow_abbrev=False, usage=argparse.SUPPRESS,
                                 formatter_class=argparse.RawDescriptionHelpFormatter,
                                 description=f"Train DMSA. In brackets: the defaults of --data {name}.",
                                 epilog=__doc__.split("\n\n")[1])
@@ -115,12 +115,14 @@ def parse(argv=None, **settings):
         help="check options, data and weights, print the settings, and stop")
 
     # the frozen ViT, and what it sees
-    p.add_argument("--backbone", choices=tuple(BACKBONES), default="vits8", help="pretrained ViT (%(default)s)")
-    p.add_argument("--weights", metavar="FILE", help="weights of that backbone (fetched once; tiny is shipped)")
+    p.add_argument("--backbone", choices=tuple(BACKBONES), default="vits8",
+        help="pretrained ViT (%(default)s)")
+    p.add_argument("--weights", metavar="FILE",
+        help="weights of that backbone (fetched once; tiny is shipped)")
     p.add_argument("--size", type=number(int, 1, 4096), default=320, metavar="PIXELS",
         help="side of the squashed image (%(default)s, rounded up until half of it is whole patches). With "
-             "another value crops have half of it, the images that windows are cut from twice it, and windows "
-             "just it. Smaller is faster and worse")
+             "another value crops have half of it, the images that windows are cut from twice it, and "
+             "windows just it. Smaller is faster and worse")
     p.set_defaults(crop=160,                              # pixels: side of training crops,
                    bank=640,                              # of the images that windows are cut from,
                    window=320,                            # that windows are resized to for the ViT
@@ -171,7 +173,7 @@ def parse(argv=None, **settings):
         help="auto: cuda if there is one (%(default)s)")
     p.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto",
         help="auto: bf16 on a GPU that has it; CAM, PAR and losses stay fp32 (%(default)s)")
-    p.add_argument("--local-rank", "--local_rank", help=argparse.SUPPRESS)        # of an old launcher: ignored
+    p.add_argument("--local-rank", "--local_rank", help=argparse.SUPPRESS)        # an old launcher's: ignored
 
     p.set_defaults(**BY_DATA_SET[name])
     p.set_defaults(**settings)
@@ -197,8 +199,8 @@ def parse(argv=None, **settings):
 
 
 # ----------------------------------------------------------------------------
-# Caches. A cache is a folder of arrays, the shards, each of the records of consecutive images. A shard that is
-# there is whole (`write_whole`), so that a killed run goes on at the next one.
+# Caches. A cache is a folder of arrays, the shards, each of the records of consecutive images. A shard that
+# is there is whole (`write_whole`), so that a killed run goes on at the next one.
 
 SHARDS = 64                                               # of a cache at most: each keeps a file open
 VERSION = 1                                               # raise it when SHARDS or a computation changes
@@ -328,7 +330,7 @@ def cluster_windows(args, source, vit, digest, device):
 
 
 def clusters_of(windows, k, args, rng):
-    """k-means of windows (M, D), of BANK_WINDOWS of them at most: (k, D). Raises UserError if M is too small."""
+    """k-means of windows (M, D), of BANK_WINDOWS at most: (k, D). Raises UserError if they are too few."""
     if k == 0:                                            # no stuff
         return torch.zeros(0, windows.shape[1])
     if len(windows) > BANK_WINDOWS:
@@ -436,9 +438,9 @@ class Trainer:
             {"params": [p for p in self.params if p.ndim > 1], "weight_decay": 5e-4},
             {"params": [p for p in self.params if p.ndim <= 1], "weight_decay": 0.0}], lr=args.lr)
         self.par = PAR(tuple(args.par)) if args.par else None
-        # the classes are background if there is one, things, stuff; things are L_seg's foreground (decision 13)
-        thing = range(source.background, source.background + source.things)
-        self.is_thing = torch.tensor([n in thing for n in range(N)], device=device)       # (N,)
+        # classes are background if there is one, things, stuff; things are L_seg's foreground (decision 13)
+        things = range(source.background, source.background + source.things)
+        self.is_thing = torch.tensor([n in things for n in range(N)], device=device)      # (N,)
         self.bf16 = use_bf16(args.precision, device)
         self.epoch = 0                                    # how many are done
         self.results = {}                                 # scores on val: of "cam", "last", "best"
@@ -479,7 +481,7 @@ class Trainer:
             masks = pseudo_masks(cams, teacher_logits, args.teacher_weight, background, args.threshold, hard)
             masks = self.par(image, masks) if self.par else enlarged(masks, size)         # (b, N, H, W)
             confident = confident_patches(cams, background, args.threshold)       # (b, h, w)
-            confident = F.interpolate(confident[:, None].float(), size=size)[:, 0].bool()     # (b, H, W), nearest
+            confident = F.interpolate(confident[:, None].float(), size, mode="nearest")[:, 0].bool()
             targets.append(Target(features, masks.argmax(1), confident))
         return targets, sum(pixel_counts(t.label, t.confident, self.is_thing) for t in targets)
 
@@ -513,8 +515,9 @@ class Trainer:
         # sums over micro-batches and processes are the batch's means, since `counts` are the whole batch's
         names = list(losses[0])
         total = all_reduce_sum(sum(torch.stack(list(loss.values())) for loss in losses))          # (5,)
-        gradient = all_reduce_sum(torch.cat([p.grad.flatten() for p in self.params]))             # (P,), one message
-        *total, norm = torch.cat([total, gradient.norm()[None]]).tolist()         # a GPU is waited for once
+        # all gradients in one vector: one message between processes; and a GPU is waited for once
+        gradient = all_reduce_sum(torch.cat([p.grad.flatten() for p in self.params]))             # (P,)
+        *total, norm = torch.cat([total, gradient.norm()[None]]).tolist()
         if not math.isfinite(norm + sum(total)):
             raise FloatingPointError(f"step {step + 1}: {self.not_finite(dict(zip(names, total)), gradient)} "
                                      f"not finite; the last checkpoint is kept")
@@ -547,7 +550,7 @@ def enlarged(maps, size):
 def train(args, device, method=Trainer):
     """The whole run: coarse labels, then epochs of steps, each with its scores and its checkpoint."""
     state = resume(args, method)                          # of last.pt, or None
-    sources = open_data(args, state)                      # {"train": data set, "val": data set}; no val of a folder
+    sources = open_data(args, state)                      # {"train", "val": data set}; of a folder no val
     vit, digest = frozen_vit(args, state, device)
 
     # coarse labels: images -> windows -> centroids -> CAMs (Fig. 2, left)
@@ -560,7 +563,8 @@ def train(args, device, method=Trainer):
     trainer = method(args, vit, sources["train"], inputs, device)
     if state:
         restore(trainer, state)
-        print0(f"{args.out}: going on after epoch {trainer.epoch} of {args.epochs}")
+        print0(f"{args.out}: {trainer.epoch} of {args.epochs} epochs are done"
+               + ("; raise --epochs to train on" if trainer.epoch >= args.epochs else ", going on"))
     else:
         save_checkpoint(trainer, "last.pt")               # from here on k-means is not done again
     cams = {split: cached_cams(args, split, source, images[split], vit, digest, centroids, device)
@@ -623,7 +627,8 @@ def open_data(args, state):
                 raise UserError(f"--classes {args.classes}: {args.data} has {source.things} classes; give at "
                                 f"least so many, or leave it out")
             source.things = args.classes
-        print0(f"{split}: {source.summary()}")
+        if RANK == 0:
+            print(f"{split}: {source.summary()}", flush=True)
         now = identity(source)
         then = state["images"][split] if state else now
         if then != now:
@@ -702,10 +707,10 @@ def resume(args, method=Trainer):
     with_names(state, names)                              # a mistake in names.txt is told now, not at the end
     for name, now in vars(args).items():
         then = state["args"].get(name)
-        if name not in method.may_differ and as_typed(then) != as_typed(now):
+        if name not in method.may_differ and then != now:
             raise UserError(f"{file}: was started with --{name.replace('_', '-')} {as_typed(then)}, now "
-                            f"{as_typed(now)}: use another --out, give the same option to go on, or move this "
-                            f"file away to start anew")
+                            f"{as_typed(now)}: use another --out, give the same option to go on, or move "
+                            f"this file away to start anew")
     return state
 
 
@@ -777,14 +782,14 @@ def score_cams(trainer, cams, labels):
     trivial = torch.zeros_like(confusion)
     trivial[:, 0] = confusion.sum(1)                      # all pixels predicted as one cluster
     coarse, trivial_scores = scores(confusion), scores(trivial)
-    print0(f"coarse labels on val: mIoU {coarse['miou']:.2f} accuracy {coarse['accuracy']:.2f}; all pixels as "
-           f"the most frequent class: mIoU {trivial_scores['miou']:.2f} accuracy "
+    print0(f"coarse labels on val: mIoU {coarse['miou']:.2f} accuracy {coarse['accuracy']:.2f}; all pixels "
+           f"as the most frequent class: mIoU {trivial_scores['miou']:.2f} accuracy "
            f"{trivial_scores['accuracy']:.2f}")
     return {"cam_miou": coarse["miou"], "cam_accuracy": coarse["accuracy"]}
 
 
 def finish_epoch(trainer, record):
-    """Keep the scores of the last epoch, and of the best, which is chosen on val, as the peers do; save both."""
+    """Keep and save the last epoch and the best, which is chosen on val, as the peers do."""
     trainer.epoch = record["epoch"]
     if "miou" in record:
         last = {name: record[name] for name in ("epoch", "miou", "accuracy")}

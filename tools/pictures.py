@@ -41,7 +41,7 @@ def page(rows, titles, names):
     """A picture of rows of uint8 (S, S, 3) tiles under titles, with a legend of the classes."""
     gap, head, line = 6, 24, 18                           # pixels
     columns, colours = len(titles), data.palette()
-    shown = [c for c, name in enumerate(names) if names.index(name) == c]         # classes of one name are one
+    shown = [c for c, name in enumerate(names) if names.index(name) == c]         # each name once
     width = columns * (TILE + gap) + gap
     bottom = head + len(rows) * (TILE + gap)              # of the tiles; the legend follows
     sheet = Image.new("RGB", (width, bottom + line * -(-len(shown) // columns) + gap), "white")
@@ -86,7 +86,7 @@ def outlined(image, mask, names=None):
 
 
 def write_names(picture, mask, names):
-    """Write the name of each class of more than 0.2 % of mask (H, W) where it is widest, inside the picture."""
+    """Write the name of each class of more than 0.2 % of mask (H, W) where it is widest, in the picture."""
     size, longest = np.array(picture.size), max(picture.size)
     letters = max(10, longest // 40)                      # pixels, of the font
     step = 1 + longest // 256                             # the mask is searched in steps of so many pixels
@@ -232,7 +232,7 @@ def class_tile(c, text):
 
 
 def shown_alone(image, pixels):
-    """A photograph (H, W, 3), of which all but the `pixels` (S, S) bool are darkened: uint8 (TILE, TILE, 3)."""
+    """A photograph (H, W, 3), all but the `pixels` (S, S) bool of it darkened: uint8 (TILE, TILE, 3)."""
     photo = Image.fromarray(image)
     photo.thumbnail((TILE, TILE))
     mask = Image.fromarray(np.where(pixels, data.VOID, 0).astype(np.uint8)).resize(photo.size, Image.NEAREST)

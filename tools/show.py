@@ -3,7 +3,7 @@
     python tools/show.py explain runs/voc photo.jpg       # every stage of Fig. 2 for one photograph
     python tools/show.py compare runs/voc runs/other      # runs side by side on val (Figs. 3 and 4)
     python tools/show.py compare runs/voc runs/other --predict photos
-    python tools/show.py clusters runs/folder             # what each cluster shows: clusters.png in that folder
+    python tools/show.py clusters runs/folder             # what each cluster shows: clusters.png in there
 
 A run is its folder (best.pt, or last.pt where there is no best) or one of its checkpoints.
 """
@@ -26,7 +26,7 @@ from tools.pictures import TILE, cluster_sheet, grey, page, stages              
 
 
 def explain(args):
-    """explain.png: every stage of Fig. 2 for one photograph; CAM maps of the five largest, background aside."""
+    """PHOTO_explain.png: every stage of Fig. 2 for one photograph, and the CAMs of the five largest clusters."""
     check_outside(args.out, [args.photo])
     checkpoint = open_run(args.run)
     network = restore(checkpoint, args.device)
@@ -62,7 +62,8 @@ def compare(args):
     names = checkpoints[0]["names"]
     for run, checkpoint in zip(args.runs, checkpoints):
         if checkpoint["names"] != names:
-            raise data.UserError(f"{run}: has other classes than {args.runs[0]}; compare runs on one data set")
+            raise data.UserError(f"{run}: has other classes than {args.runs[0]}; compare runs on one data "
+                                 f"set")
     networks = [restore(checkpoint, args.device) for checkpoint in checkpoints]
     source = data.Folder(args.predict) if args.predict else open_split(checkpoints[0])
     rows = []
@@ -106,7 +107,8 @@ def parse(argv=None):
             own.add_argument("runs", nargs="+", metavar="RUN", help="folders or checkpoints of runs")
             own.add_argument("--predict", nargs="+", metavar="PATH",
                 help="images and folders (default: val of the first run's data set)")
-            own.add_argument("--limit", type=int, default=6, metavar="N", help="the first N images (default: 6)")
+            own.add_argument("--limit", type=int, default=6, metavar="N",
+                help="the first N images (default: 6)")
         else:
             own.add_argument("run", metavar="RUN", help="folder or checkpoint of a run")
         if draw is explain:

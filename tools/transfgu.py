@@ -1,7 +1,7 @@
 """TransFGU, and DMSA as its authors released it, in the form of train.py, so that all are measured alike.
 
     python tools/transfgu.py --data voc                   # TransFGU
-    python tools/transfgu.py --released --data voc        # DMSA's released code: TransFGU with L_seg, 0.7 / 0.3
+    python tools/transfgu.py --released --data voc        # DMSA's released code: with L_seg, teacher 0.7
     torchrun --nproc_per_node=6 tools/transfgu.py --data voc
 
 All options of train.py, which has the same batches, losses and loop. What differs (docs/decisions.md, "What
@@ -29,7 +29,7 @@ from losses import confident_patches, min_max, pixel_counts, pseudo_masks       
 from model import Head, normalise                         # noqa: E402
 
 DROPOUT = 0.1                                             # in the decoder, while it trains
-# Epochs between two replacements of the teacher, in epochs 1 to 10, 11 to 20 ...; the last holds from there on
+# Epochs between two replacements of the teacher in epochs 1 to 10, 11 to 20 ...; the last one goes on
 INTERVALS = {"shapes": (2,), "voc": (5, 5, 5, 5, 4, 4, 4, 4, 4, 3), "voc-aug": (5, 5, 5, 5, 4, 4, 4, 4, 4, 3),
              "coco80": (3, 3, 3, 2), "cocostuff27": (2,), "folder": (5, 5, 5, 5, 4, 4, 4, 4, 4, 3)}
 
@@ -67,7 +67,7 @@ class TransFGU(train.Trainer):
 
     @torch.no_grad()
     def pseudo_labels(self, micro_batches, epoch):
-        """As Trainer.pseudo_labels, but for patches: CAM scaled by the crop, fused with the teacher; no PAR."""
+        """As Trainer.pseudo_labels, but of patches: CAM, scaled by the crop, and the teacher; no PAR."""
         args, network, background = self.args, self.network, self.source.background
         if self.teacher_age(epoch) == 0 and self.replaced != epoch:               # the epoch's first step
             self.replace_teacher()
@@ -121,7 +121,7 @@ def parse(argv=None):
     fixed = dict(aspp="none", par=[], teacher="reset")
     settings = dict(method="released", intervals=INTERVALS[defaults.data])
     if not own.released:                                  # without L_seg
-        settings = settings | dict(method="transfgu", teacher_weight=0.5, lambdas=[0.0, *defaults.lambdas[1:]])
+        settings |= dict(method="transfgu", teacher_weight=0.5, lambdas=[0.0, *defaults.lambdas[1:]])
     args = train.parse(rest, **fixed, **settings)
     for name, value in fixed.items():
         if getattr(args, name) != value:
