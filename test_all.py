@@ -216,6 +216,14 @@ def test_par_equals_eq_4_written_as_loops_for_images_of_any_range(dilations, ite
     assert par.PAR(dilations, 1)(image.half().requires_grad_(), masks.half()).dtype == torch.float32
 
 
+def test_par_is_the_average_of_neighbours_by_eq_4_repeated_also_at_the_border():
+    image, masks = torch.rand(3, 3, 9, 14).double(), torch.rand(3, 4, 9, 14).double()
+    k, expected = par.affinity(image, (1, 2, 24)), masks                          # 24: beyond every border
+    for _ in range(4):
+        expected = par.average(k, expected, (1, 2, 24))
+    assert_close(par.PAR((1, 2, 24), 4)(image, masks), expected)
+
+
 def test_par_gives_the_same_however_many_images_it_takes_at_once(monkeypatch):
     image, masks = torch.rand(5, 3, 20, 17), torch.rand(5, 3, 4, 4)
     together = par.PAR()(image, masks)
