@@ -61,9 +61,8 @@ class Branch(nn.Module):
 
     def forward(self, x, rate=1):
         """x (B, D, h, w) -> (B, width, h, w); `rate` is the dilation of the 3x3 kernel, in patches."""
-        if self.depthwise is not None:                    # its weight, at this epoch's rate
-            weight = self.depthwise.weight                                        # (D, 1, 3, 3)
-            x = F.conv2d(x, weight, padding=rate, dilation=rate, groups=len(weight))      # Eq. 1: p = r, M = m
+        if self.depthwise is not None:  # the weight stays, the rate changes; Eq. 1: p = r, M = m
+            x = F.conv2d(x, self.depthwise.weight, padding=rate, dilation=rate, groups=x.shape[1])
         return F.relu(self.norm(self.pointwise(x)))
 
 

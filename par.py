@@ -1,9 +1,9 @@
-"""Pixel-adaptive refinement, PAR (DMSA Sec. 3.2, Eq. 4). It is AFA's, the paper's [6]; the paper cites [16].
+"""Pixel-adaptive refinement, PAR (DMSA Sec. 3.2, Eq. 4). AFA introduced it: the paper's [6], not its [16].
 
 (B, 3, H, W) image and (B, C, h, w) masks -> (B, C, H, W) masks whose edges follow the image's. Each pixel
 repeatedly takes the average of its neighbours' masks, weighted by how alike their colours are.
 
-    constants -> offsets(), neighbours(), neighbour_index() -> affinity() (Eq. 4) -> class PAR -> main()
+    offsets(), neighbours() -> affinity() (Eq. 4) -> average(), the definition -> class PAR, the same faster
 
 Needs torch only (the picture of `python par.py` needs pillow): copy this file anywhere. "Decision N" is row
 N of docs/decisions.md in the DMSA repository, which says what was chosen where the paper is silent.
@@ -17,14 +17,15 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# The paper names none of these. The values are those of AFA, which introduced PAR, and the defaults of `PAR`.
-# train.py has smaller dilations: larger ones mend wrong masks better and damage right ones more (decision 8).
+# The paper names none of these. The values are AFA's, and the defaults of `PAR`. train.py has smaller
+# dilations: larger ones repair wrong masks better and damage right ones more (decision 8).
 DILATIONS = (1, 2, 4, 8, 12, 24)
 ITERATIONS = 10
 BANDWIDTH = 0.3
 OMEGA3 = 0.01
 EPS = 1e-8                                                # added to standard deviations
-PIXELS_AT_ONCE = {"cpu": 160 * 160, "cuda": 16 * 160 * 160}   # what a cache holds, what fills a GPU
+# Pixels refined together: as few as keep their weights in a CPU's L3 cache, as many as fill a GPU.
+PIXELS_AT_ONCE = {"cpu": 160 * 160, "cuda": 16 * 160 * 160}
 
 
 def offsets(dilations):
@@ -35,25 +36,13 @@ def offsets(dilations):
 def neighbours(x, dilations):
     """Yield, for each offset (dy, dx), x (B, C, H, W) read at (y + dy, x + dx); the border is replicated.
 
-    The yielded tensors are views of one padded copy, so that no copy is made for each neighbour.
+    N = 8 * |dilations| tensors (B, C, H, W), all views of one padded copy.
     """
     H, W = x.shape[2:]
     pad = max(dilations)
     padded = F.pad(x, (pad, pad, pad, pad), mode="replicate")
     for dy, dx in offsets(dilations):
         yield padded[:, :, pad + dy:pad + dy + H, pad + dx:pad + dx + W]
-
-
-def neighbour_index(H, W, dilations, device=None):
-    """Where the same neighbours lie in a flattened map: (HW, N) int32 of y * W + x, N = 8 * |dilations|.
-
-    For embedding_bag in `PAR.refine`, which sums over them without a copy of the masks for each neighbour.
-    """
-    steps = torch.tensor(offsets(dilations), dtype=torch.int32).to(device, non_blocking=True)     # (N, 2)
-    up_to = lambda n: torch.arange(n, dtype=torch.int32, device=device)[:, None]
-    y = (up_to(H) + steps[:, 0]).clamp(0, H - 1)          # (H, N), border replicated
-    x = (up_to(W) + steps[:, 1]).clamp(0, W - 1)          # (W, N)
-    return (y[:, None] * W + x).flatten(0, 1)
 
 
 def full(x):
@@ -63,29 +52,48 @@ def full(x):
 
 @torch.no_grad()
 def affinity(image, dilations=DILATIONS, omega3=OMEGA3, bandwidth=BANDWIDTH):
-    """Eq. 4: k = softmax(k_rgb) + omega3 * softmax(k_pos), both over the N = 8 * |dilations| neighbours.
+    """Eq. 4: k = softmax(k_rgb) + omega3 * softmax(k_pos), both over the N neighbours.
 
     image    (B, 3, H, W), any range: colour differences are divided by their own standard deviation
     returns  (B, N, H, W) in fp32, of a float64 image in float64; sums to 1 + omega3 over N
 
     k_rgb = -((|I_kl - I_ij| / std_rgb) / bandwidth)^2, averaged over the three colours; std_rgb is the
     unbiased standard deviation of the N neighbours' values. k_pos is the same of the distance in pixels.
+    Three passes over the neighbours, for mean, std_rgb and k_rgb, so that no tensor holds all N colours.
     """
     image, N = full(image), 8 * len(dilations)
-    mean, squares = torch.zeros_like(image), torch.zeros_like(image)              # (B, 3, H, W) each
-    for neighbour in neighbours(image, dilations):
-        mean += neighbour
-    mean /= N
-    for neighbour in neighbours(image, dilations):
-        squares += (neighbour - mean).square_()
+    mean = sum(neighbours(image, dilations)) / N                                  # (B, 3, H, W)
+    squares = sum((neighbour - mean).square_() for neighbour in neighbours(image, dilations))
     scale = 1 / (((squares / (N - 1)).sqrt() + EPS) * bandwidth)                  # (B, 3, H, W)
-    k_rgb = image.new_empty(image.shape[0], N, *image.shape[2:])                  # (B, N, H, W)
-    for i, neighbour in enumerate(neighbours(image, dilations)):
-        k_rgb[:, i] = -(neighbour - image).mul_(scale).square_().mean(1)
-    distance = torch.tensor([math.hypot(*step) for step in offsets(dilations)], dtype=image.dtype)
+    k_rgb = torch.stack([-(neighbour - image).mul_(scale).square_().mean(1)
+                         for neighbour in neighbours(image, dilations)], dim=1)   # (B, N, H, W)
+    distance = torch.tensor([math.hypot(*offset) for offset in offsets(dilations)], dtype=image.dtype)
     distance = distance.to(image.device, non_blocking=True)                       # (N,)
     k_pos = -(distance / ((distance.std() + EPS) * bandwidth)) ** 2               # (N,)
-    return k_rgb.softmax(1).add_(omega3 * k_pos.softmax(0).view(1, N, 1, 1))
+    return k_rgb.softmax(1).add_(omega3 * k_pos.softmax(0).view(1, -1, 1, 1))
+
+
+def average(k, masks, dilations):
+    """One iteration, as it is defined: of the N neighbours' masks the sum, weighted by their affinities.
+
+    k (B, N, H, W) of `affinity`, masks (B, C, H, W) -> (B, C, H, W)
+    """
+    return sum(k[:, j:j + 1] * neighbour for j, neighbour in enumerate(neighbours(masks, dilations)))
+
+
+# ----------------------------------------------------------------------------
+# The same faster: masks are a table with a row for each pixel, and the neighbours are numbers of rows
+
+
+def rows(x):
+    """A row for each pixel: (n, C, H, W) -> (n HW, C)."""
+    return x.flatten(2).transpose(1, 2).flatten(0, 1).contiguous()
+
+
+def neighbour_rows(n, H, W, dilations, device=None):
+    """The numbers of the rows in which the neighbours of each pixel are, of n images: (n HW, N) int32."""
+    number = torch.arange(n * H * W, dtype=torch.float64, device=device).view(n, 1, H, W)
+    return rows(torch.cat([near.int() for near in neighbours(number, dilations)], dim=1))
 
 
 class PAR(nn.Module):
@@ -114,25 +122,26 @@ class PAR(nn.Module):
         if image.ndim != 4 or image.shape[1] != 3 or masks.ndim != 4 or masks.shape[0] != image.shape[0]:
             raise ValueError(f"image {tuple(image.shape)}, masks {tuple(masks.shape)}: (B, 3, H, W) and "
                              f"(B, C, h, w) expected")
-        masks = F.interpolate(full(masks), size=image.shape[2:], mode="bilinear", align_corners=True)
-        if torch.compiler.is_compiling():                 # of an exported batch the size is not known
-            return self.refine(image, masks)
-        n = max(1, PIXELS_AT_ONCE["cuda" if image.is_cuda else "cpu"] // image.shape[2:].numel())   # images
-        return torch.cat([self.refine(*few) for few in zip(image.split(n), masks.split(n))])
+        B, _, H, W = image.shape
+        masks = F.interpolate(full(masks), size=(H, W), mode="bilinear", align_corners=True)
+        if torch.compiler.is_compiling():                 # a graph for any B has no loop over its images
+            return self.refine(image, masks, neighbour_rows(B, H, W, self.dilations, image.device))
+        pixels = PIXELS_AT_ONCE["cuda" if image.is_cuda else "cpu"]
+        n = min(B, max(1, pixels // (H * W)))             # images together
+        index = neighbour_rows(n, H, W, self.dilations, image.device)             # (n HW, N)
+        return torch.cat([self.refine(*some, index) for some in zip(image.split(n), masks.split(n))])
 
-    def refine(self, image, masks):
-        """All iterations for a few images: (n, 3, H, W), masks (n, C, H, W) -> (n, C, H, W)."""
+    def refine(self, image, masks, index):
+        """n images (n, 3, H, W), masks (n, C, H, W), `neighbour_rows` of n or more -> (n, C, H, W)."""
         n, C, H, W = masks.shape
         k = affinity(image, self.dilations, self.omega3, self.bandwidth)          # (n, N, H, W)
-        weights = k.to(masks.dtype).flatten(2).transpose(1, 2).flatten(0, 1).contiguous()         # (n HW, N)
+        weights = rows(k.to(masks.dtype))                                         # (n HW, N)
         del k                                             # as large as the weights: free it
-        index = neighbour_index(H, W, self.dilations, image.device)                # (HW, N), of one image
-        first = torch.arange(n, dtype=torch.int32, device=image.device) * (H * W)
-        rows = (index + first[:, None, None]).flatten(0, 1)                       # (n HW, N), of all
-        masks = masks.flatten(2).transpose(1, 2).flatten(0, 1).contiguous()       # (n HW, C)
-        for _ in range(self.iterations):                  # masks[p] = sum_j weights[p, j] * masks[rows[p, j]]
-            masks = F.embedding_bag(rows, masks, mode="sum", per_sample_weights=weights)
-        return masks.view(n, H, W, C).permute(0, 3, 1, 2)                         # (n, C, H, W)
+        index = index[:n * H * W]                                                 # (n HW, N)
+        table = rows(masks)                                                       # (n HW, C)
+        for _ in range(self.iterations):                  # table[p] = sum_j weights[p, j] table[index[p, j]]
+            table = F.embedding_bag(index, table, mode="sum", per_sample_weights=weights)
+        return table.view(n, H, W, C).permute(0, 3, 1, 2)                         # (n, C, H, W)
 
 
 # ----------------------------------------------------------------------------
@@ -156,15 +165,15 @@ def main():
     """Refine the coarse mask of a flower; print how its overlap with the truth grows, and draw it."""
     from PIL import Image, ImageDraw
     image, coarse, truth = example()
-    cell, rows = 250, [("image", image[0])]
+    cell, tiles = 250, [("image", image[0])]
     print("iterations   IoU of arg max with the truth")
     for iterations in (0, 1, 3, 10):
         masks = PAR((1, 2, 4, 8), iterations)(image, coarse)
-        found = masks.argmax(1)[0].bool()
-        iou = (found & truth.bool()).sum() / (found | truth.bool()).sum()
+        flower = masks.argmax(1)[0].bool()
+        iou = (flower & truth.bool()).sum() / (flower | truth.bool()).sum()
         print(f"{iterations:10}   {100 * iou:.1f}")
         share = (masks[0, 1] / masks[0].sum(0)).expand(3, -1, -1)
-        rows.append((f"after {iterations}: IoU {100 * iou:.1f}", share))
+        tiles.append((f"after {iterations}: IoU {100 * iou:.1f}", share))
     y, x = 80, 133                                                                # a pixel beside the edge
     weights = affinity(image, (1, 2, 4, 8))[0, :, y, x]
     picture = image[0] * 0.5
@@ -172,9 +181,9 @@ def main():
         picture[:, y + dy, x + dx] = weight.sqrt()
     picture[:, y, x] = torch.tensor([1.0, 0, 0])
     zoom = F.interpolate(picture[None, :, y - 12:y + 12, x - 12:x + 12], size=240, mode="nearest")[0]
-    rows.append(("weights of the red pixel: none black, most white", zoom))
-    page = Image.new("RGB", (len(rows) * (cell + 10) + 10, cell + 40), "white")
-    for i, (title, pixels) in enumerate(rows):
+    tiles.append(("weights of the red pixel: none black, most white", zoom))
+    page = Image.new("RGB", (len(tiles) * (cell + 10) + 10, cell + 40), "white")
+    for i, (title, pixels) in enumerate(tiles):
         tile = Image.fromarray((pixels.clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy())
         page.paste(tile.resize((cell, cell), Image.NEAREST), (10 + i * (cell + 10), 30))
         ImageDraw.Draw(page).text((10 + i * (cell + 10), 10), title, "black")

@@ -216,6 +216,14 @@ def test_par_equals_eq_4_written_as_loops_for_images_of_any_range(dilations, ite
     assert par.PAR(dilations, 1)(image.half().requires_grad_(), masks.half()).dtype == torch.float32
 
 
+def test_par_is_the_average_of_neighbours_by_eq_4_repeated_also_at_the_border():
+    image, masks = torch.rand(3, 3, 9, 14).double(), torch.rand(3, 4, 9, 14).double()
+    k, expected = par.affinity(image, (1, 2, 24)), masks                          # 24: beyond every border
+    for _ in range(4):
+        expected = par.average(k, expected, (1, 2, 24))
+    assert_close(par.PAR((1, 2, 24), 4)(image, masks), expected)
+
+
 def test_par_gives_the_same_however_many_images_it_takes_at_once(monkeypatch):
     image, masks = torch.rand(5, 3, 20, 17), torch.rand(5, 3, 4, 4)
     together = par.PAR()(image, masks)
@@ -3050,9 +3058,10 @@ def test_golden_readme_has_a_row_for_every_test_and_the_tests_read_every_shipped
 
 
 # ----------------------------------------------------------------------------
-# README.md cannot drift
+# README.md and docs/ cannot drift
 
 README = (HERE / "README.md").read_text()
+DOCS = {file.name: file.read_text() for file in sorted(HERE.glob("docs/*.md"))}
 
 
 def test_every_function_beside_the_paper_exists_and_names_its_equation():
@@ -3072,12 +3081,13 @@ def test_every_function_beside_the_paper_exists_and_names_its_equation():
             assert any(re.search(rf"Eq\. {number}\b", text) for text in texts), (kind, number, cell)
 
 
-def test_readmes_snippets_run_as_they_stand():
+@pytest.mark.parametrize("text", (README, DOCS["usage.md"]), ids=("README", "usage"))
+def test_the_snippets_of_readme_and_usage_run_as_they_stand(text):
     torch.manual_seed(0)
     space = {"torch": torch, "image": torch.rand(3, 3, 96, 96), "masks": torch.rand(3, 4, 12, 12),
              "x": randn(2, 384, 5, 5), "logits": randn(2, 5, 8, 8), "label": torch.randint(0, 5, (2, 8, 8)),
              "vit": model.backbone("tiny")[0].eval()}
-    snippets = re.findall(r"```python\n(.*?)```", README, re.S)
+    snippets = re.findall(r"```python\n(.*?)```", text, re.S)
     assert len(snippets) == 6
     for snippet in snippets:
         assert len(snippet.splitlines()) <= 5
@@ -3086,15 +3096,16 @@ def test_readmes_snippets_run_as_they_stand():
             and space["logits"].shape == (3, 21, 12, 12))
 
 
-def test_every_option_that_readme_names_exists_and_helps_defaults_are_the_real_ones():
+def test_every_option_that_readme_and_docs_name_exists_and_helps_defaults_are_the_real_ones():
     known = set()
-    for file in ("train.py", "eval.py", "tools/get_data.py", "tools/ablation.py", "tools/par_on_photos.py",
-                 "tools/bench.py", "tools/pretrain.py", "tools/how_many.py"):
+    tools = [file for file in HERE.glob("tools/*.py") if "__main__" in file.read_text()]
+    for file in ("train.py", "eval.py", *tools):
         (code, text), = program(file, "--help")
         assert code == 0, text
         known |= set(re.findall(r"--[a-z][a-z-]+", text))
     torchrun = {"--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--master_port"}
-    assert set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+[a-z]", README)) <= known | torchrun
+    for text in (README, *DOCS.values()):
+        assert set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+[a-z]", text)) <= known | torchrun
     args, (_, text) = train.parse(["--data", "voc"]), program("train.py", "--help")[0]
     for name in ("teacher_weight", "momentum", "threshold", "dropout", "teacher", "cam_scale"):
         entry = re.search(rf"\n  --{name.replace('_', '-')} .*?(?=\n  -|\n\n)", text, re.S)[0]
@@ -3102,17 +3113,17 @@ def test_every_option_that_readme_names_exists_and_helps_defaults_are_the_real_o
 
 
 def test_decisions_that_code_cites_exist_and_functions_that_docs_name_do():
-    decisions = (HERE / "docs" / "decisions.md").read_text()
-    rows = set(re.findall(r"^\| (\d+) \|", decisions, re.M))
+    rows = set(re.findall(r"^\| (\d+) \|", DOCS["decisions.md"], re.M))
     for file in HERE.glob("*.py"):
         cited = re.findall(r"[Dd]ecisions? ((?:\d+(?:, | and )?)+)", file.read_text())
         assert set(re.findall(r"\d+", " ".join(cited))) <= rows, file
-    for text in (README, decisions, (HERE / "docs" / "results.md").read_text()):
+    for page, text in {"README.md": README, **DOCS}.items():
         for file, name in re.findall(r"`((?:tools/)?\w+\.py): ([\w.]+)`", text):
             assert re.search(rf"^\s*(?:def|class) {name.split('.')[-1]}\b|^{name} = ",
                              (HERE / file).read_text(), re.M), (file, name)
-        for target, anchor in re.findall(r"\]\((docs/\w+\.md|)#([\w-]+)\)", text):
-            headings = re.findall(r"^#+ (.*)$", (HERE / target).read_text() if target else text, re.M)
+        folder = HERE if page == "README.md" else HERE / "docs"
+        for target, anchor in re.findall(r"\]\(([\w/.]+\.md|)#([\w-]+)\)", text):
+            headings = re.findall(r"^#+ (.*)$", (folder / target).read_text() if target else text, re.M)
             assert anchor in {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}, anchor
 
 
