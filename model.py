@@ -480,6 +480,10 @@ class DMSA(nn.Module):
 # The concept in one table
 
 
+def load_vit(vit, state):
+    vit.load_state_dict(state)
+
+
 def main():
     """Print parameters and forward FLOPs of the network on every backbone, at the training crop 160 x 160."""
     print("backbone           frozen ViT   ASPP      decoder   "
@@ -501,3 +505,7 @@ def main():
 
 if __name__ == "__main__":
     main()
+
+
+def load_vit(vit, state):
+    vit.load_state_dict(state)
