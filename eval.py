@@ -31,7 +31,7 @@ from scipy.optimize import linear_sum_assignment
 import data
 from aspp import TABLE_1
 from data import UserError
-from model import BACKBONES, DMSA, VisionTransformer, load_vit, normalise, read_tensors
+from model import BACKBONES, DMSA, VisionTransformer, WeightsError, load_vit, normalise, read_tensors
 from par import PAR
 
 GROUP = 8                                                 # images of one forward pass
@@ -190,7 +190,7 @@ def restore(checkpoint, device="auto"):
         load_vit(vit, checkpoint["vit"])
         network.student.load_state_dict(checkpoint["student"])
         network.teacher.load_state_dict(checkpoint["teacher"])
-    except (RuntimeError, TypeError):                     # other tensors, or none
+    except (RuntimeError, TypeError, WeightsError):       # other tensors, or none
         raise UserError("the tensors of this checkpoint do not fit its own options; use another") from None
     torch.backends.cudnn.allow_tf32 = False               # full fp32 on GPUs too, as in training
     return network.to(available(device)).eval()
