@@ -8,42 +8,19 @@
 "The method borrowed from TransFGU" (DMSA Sec. 4.1). Nothing here is trained and no label is used.
 "Decision N" is row N of docs/decisions.md in the DMSA repository, which says what was chosen where the paper
 is silent.
-Needs torch, numpy and scipy. Copy this file anywhere (the picture needs pillow).
 
-The ViT is an argument. All that is asked of it: `patch_size`; `last_qkv(image)`, which gives the tokens that
-enter its last block, CLS first and patches last, and the q, k, v of that block's attention; `attn.proj`,
-`norm2` and `mlp` of blocks[-1]; a last `norm`; and `forward`. What a ViT of timm (made with
-`dynamic_img_size=True`, since windows are smaller than images) lacks of these:
+Needs torch, numpy, scipy (the picture of `python cam.py` needs pillow): copy this file anywhere. The ViT is an
+argument: model.py's, or one of timm or HuggingFace by way of the end of this file. What is asked of it:
 
-    def last_qkv(image):
-        x, attn = vit.norm_pre(vit._pos_embed(vit.patch_embed(image))), vit.blocks[-1].attn
-        for block in vit.blocks[:-1]:
-            x = block(x)
-        qkv = attn.qkv(vit.blocks[-1].norm1(x)).unflatten(2, (3, attn.num_heads, -1))
-        return x, *qkv.permute(2, 0, 3, 1, 4)
-    vit.last_qkv, vit.patch_size = last_qkv, vit.patch_embed.patch_size[0]
-
-A ViTModel of HuggingFace (transformers 5.24) has other names:
-
-    last, any_size = model.layers[-1], dict(interpolate_pos_encoding=True)
-    def last_qkv(image):
-        x, attn = model.embeddings(image, **any_size), last.attention
-        for layer in model.layers[:-1]:
-            x = layer(x)
-        heads = lambda y: y.unflatten(2, (attn.num_attention_heads, -1)).transpose(1, 2)
-        y = last.layernorm_before(x)
-        return x, heads(attn.q_proj(y)), heads(attn.k_proj(y)), heads(attn.v_proj(y))
-    block = SimpleNamespace(attn=SimpleNamespace(proj=last.attention.o_proj), norm2=last.layernorm_after,
-                            mlp=last.mlp)
-    vit = SimpleNamespace(patch_size=model.config.patch_size, last_qkv=last_qkv, blocks=[block],
-                          norm=model.layernorm, forward=lambda image: model(image, **any_size))
-
-A last block that does something else (LayerScale, norms of q and k) is refused: `check_last_block`.
+    last_qkv(image)     the n tokens that enter its last block (B, n, D), CLS first and patches last, and the
+                        q, k, v of that block's attention (B, heads, n, d); D = heads * d
+    blocks[-1], norm    the last block's attn.proj, norm2 and mlp, and the norm behind it
+    patch_size          in pixels
 
     python cam.py         # writes cam.png: windows and class maps, by a ViT small enough to write by hand
 """
 
-import math
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -55,18 +32,19 @@ from scipy.cluster.vq import kmeans2, vq
 # TransFGU's, but for RESTARTS and PATCHES_AT_ONCE
 THING_SCALES = (0.6, 0.5, 0.4, 0.3)                       # sides of the windows as shares of the image: VOC
 SCENE_SCALES = (0.5, 0.4, 0.3, 0.2)                       # COCO
-COVER, CLEAR = 0.5, 0.8                                   # least share of a window: foreground, background
+COVER = 0.5                                               # a window with a larger share of foreground is kept
+CLEAR = 0.8                                               # as background: one with a larger share of that
 KEEP_MASS = 0.8                                           # share of a map's mass that is kept
 RESTARTS = 5                                              # of k-means; TransFGU has one start
-PATCHES_AT_ONCE = {"cpu": 2_400, "cuda": 25_600}          # of windows: what a cache holds, what fills a GPU
+PATCHES_AT_ONCE = {"cpu": 2_400, "cuda": 25_600}          # of windows: fit in a CPU's L3 cache, fill a GPU
 
 
 # ----------------------------------------------------------------------------
-# The last attention: all that this file needs of a ViT
+# The last block for the CLS token alone: Block.forward of model.py, cut open behind the attention
 
 
 def last_attention(vit, image):
-    """Normalised image (B, 3, H, W) -> what the CLS token does in the last block.
+    """Normalised image (B, 3, H, W) -> what the CLS token does in the last attention.
 
     returns  x (B, D) CLS before the block; A (B, heads, n) its attention over all n tokens, sums to 1;
              v (B, heads, n, d) the values. Only this row of the n x n map is ever needed.
@@ -76,34 +54,22 @@ def last_attention(vit, image):
     return x[:, 0], A.squeeze(2), v
 
 
-def cls_feature(vit, x, attended):
-    """The rest of the last block for CLS alone: x, attended = A v (..., D) -> normed CLS (..., D)."""
+def attend(A, v):
+    """Eq. 2's A v for CLS: A (B, heads, n), v (B, heads, n, d) -> (B, D), the heads side by side."""
+    return (A[:, :, None] @ v).flatten(1)
+
+
+def finish_block(vit, x, attended):
+    """The rest of the block, and the last norm: x and attended = A v (..., D) -> CLS feature (..., D)."""
     block = vit.blocks[-1]
     x = x + block.attn.proj(attended)
     return vit.norm(x + block.mlp(block.norm2(x)))
 
 
-@torch.no_grad()
-def check_last_block(vit, image):
-    """Once for each ViT: raise ValueError if its last block is not the one written above.
-
-    image   (B, 3, H, W) normalised, of which the first is used. What comes out of the ViT's last norm when it
-            runs by itself is compared with `cls_feature`.
-    """
-    if getattr(vit, "last_block_checked", False):
-        return
-    seen, image = [], image[:1]
-    hook = vit.norm.register_forward_hook(lambda norm, inputs, output: seen.append(output))
-    vit.forward(image)
-    hook.remove()
+def cls_feature(vit, image):
+    """CLS as the ViT gives it: normalised image (B, 3, H, W) -> (B, D)."""
     x, A, v = last_attention(vit, image)
-    ours, theirs = cls_feature(vit, x, (A[:, :, None] @ v).flatten(1)), seen[0][:, 0]     # (1, D) each
-    error = ((ours - theirs).norm() / theirs.norm()).item()
-    if not error < 0.02:                                  # bf16 makes 0.01
-        raise ValueError(f"the ViT's last block is not x + proj(A v), then + mlp(norm2(x)): CLS differs by "
-                         f"{100 * error:.0f} %. LayerScale has to be multiplied into attn.proj and mlp.fc2, "
-                         f"norms of q and k belong into last_qkv, and q, k, v have to be in this order")
-    vit.last_block_checked = True
+    return finish_block(vit, x, attend(A, v))
 
 
 def patch_grid(vit, image):
@@ -116,13 +82,18 @@ def patch_grid(vit, image):
 
 
 def window_centres(n, s):
-    """Patches that are centres of windows of side s along n patches (TransFGU).
+    """Patches that are centres of windows of side s along n patches, 0 < s < n (TransFGU).
 
-    Even s: half a side apart, and one more whose window ends at the far border: n = 20, s = 6 gives 3 6 9 12
-    15 16. Odd s: a side apart, and no such window, whose centre would lie between two patches.
+        0 1 2 3 4 5 6 7    n = 8        0 1 2 3 4 5 6 7    n = 8
+        [ - 2 - ]          s = 4            [ 3 ]          s = 3
+            [ - 4 - ]                             [ 6 ]
+              [ - 5 - ]
+
+    Even s: half a side apart, and one more whose window ends at the far border. Odd s: a side apart.
     """
-    step = s // 2 if s % 2 == 0 else s
-    return [c for c in range(n) if s / 2 <= c < n - s / 2 and (c % step == 0 or c == n - 1 - s / 2)]
+    if s % 2:
+        return list(range(s, n - s // 2, s))
+    return sorted({*range(s // 2, n - s // 2, s // 2), n - 1 - s // 2})
 
 
 def windows(h, w, scales=THING_SCALES):
@@ -131,22 +102,33 @@ def windows(h, w, scales=THING_SCALES):
     scales   sides of the windows as shares of the grid's shorter side. Scale by scale, rows first
     raises   ValueError if no window fits
 
-    With s = int(min(h, w) * scale), a window has s + 1 patches a side where s is even, s where it is odd. On
-    20 x 20, 40 x 40 and 80 x 80 there are 70 windows for VOC's scales, 142 for COCO's.
+    A window reaches s // 2 patches from its centre to all sides, s = int(min(h, w) * scale): so it has s + 1
+    patches a side where s is even, s where it is odd. On 20 x 20, 40 x 40 and 80 x 80 there are 70 windows
+    for VOC's scales, 142 for COCO's.
     """
     boxes = []
-    for s in (int(min(h, w) * scale) for scale in scales):
-        if s:
-            boxes += [(math.ceil(x - s / 2), math.ceil(y - s / 2), int(x + s / 2), int(y + s / 2))
+    for scale in scales:
+        s = int(min(h, w) * scale)
+        if 0 < s < min(h, w):
+            boxes += [(x - s // 2, y - s // 2, x + s // 2, y + s // 2)
                       for y in window_centres(h, s) for x in window_centres(w, s)]
     if not boxes:
         raise ValueError(f"no window of scales {tuple(scales)} fits a grid of {h} x {w} patches")
     return np.array(boxes)
 
 
+def pixel_boxes(boxes, patch):
+    """Windows (M, 4) in patches, both ends inclusive -> (M, 4) in pixels, the end exclusive.
+
+    TransFGU leaves out the last row and column of pixels: patches 2..4 of 8 pixels are pixels 16..38, not 39.
+    """
+    return np.concatenate([boxes[:, :2] * patch, (boxes[:, 2:] + 1) * patch - 1], axis=1)
+
+
 def attended_patches(A, grid):
     """Foreground: patches that CLS attends to more than average. A (B, heads, n) -> bool (B, h, w)."""
-    attention = A[:, :, -grid[0] * grid[1]:].mean(1)      # (B, hw): the patches come last
+    h, w = grid
+    attention = A[:, :, -h * w:].mean(1)                  # (B, hw): the patches are the last tokens
     return (attention > attention.mean(1, keepdim=True)).unflatten(1, grid)
 
 
@@ -155,24 +137,31 @@ def select_windows(mask, boxes, patch):
 
     mask     (h, w) bool, foreground patches
     boxes    (M, 4) of `windows`; patch: its side in pixels
-    returns  fore, back: bool (M,); share of foreground above 0.5, share of background above 0.8
+    returns  fore, back: bool (M,); share of foreground above COVER, share of background above CLEAR
     """
+    # in pixels, since windows end within a patch; sums[y, x] counts the foreground above and left of (y, x)
     pixels = mask.cpu().numpy().repeat(patch, 0).repeat(patch, 1)                 # (H, W)
-    sums = np.pad(pixels.cumsum(0).cumsum(1), ((1, 0), (1, 0)))                   # sums of all rectangles
+    sums = np.pad(pixels.cumsum(0).cumsum(1), ((1, 0), (1, 0)))                   # (H + 1, W + 1)
     x0, y0, x1, y1 = pixel_boxes(boxes, patch).T
     share = (sums[y1, x1] - sums[y0, x1] - sums[y1, x0] + sums[y0, x0]) / ((x1 - x0) * (y1 - y0))
     return share > COVER, 1 - share > CLEAR
-
-
-def pixel_boxes(boxes, patch):
-    """Patches, both ends inclusive -> pixels, end exclusive, without the last row and column (TransFGU)."""
-    return np.concatenate([boxes[:, :2] * patch, (boxes[:, 2:] + 1) * patch - 1], axis=1)
 
 
 def crop_windows(image, boxes, patch, size):
     """Windows of one image (3, H, W) resized to size x size (bilinear): (M, 3, size, size)."""
     return torch.cat([F.interpolate(image[None, :, y0:y1, x0:x1], size=(size, size), mode="bilinear")
                       for x0, y0, x1, y1 in pixel_boxes(boxes, patch).tolist()])
+
+
+def features_of(vit, image, boxes, size):
+    """CLS features of windows (M, 4) of one image (3, H, W), each resized to size x size pixels: (M, D)."""
+    patches = PATCHES_AT_ONCE["cuda" if image.is_cuda else "cpu"]
+    together = max(1, patches // (size // vit.patch_size) ** 2)                   # windows
+    features = image.new_empty(len(boxes), len(vit.norm.weight))
+    for start in range(0, len(boxes), together):
+        crops = crop_windows(image, boxes[start:start + together], vit.patch_size, size)
+        features[start:start + together] = cls_feature(vit, crops)
+    return features
 
 
 @torch.no_grad()
@@ -186,39 +175,31 @@ def window_features(vit, image, size, scales=THING_SCALES, stuff=False):
     """
     if len(image) != 1:
         raise ValueError(f"image {tuple(image.shape)}: one at a time, (1, 3, H, W)")
-    grid, patch = patch_grid(vit, image), vit.patch_size
-    x, A, _ = last_attention(vit, image)
+    grid = patch_grid(vit, image)
+    _, A, _ = last_attention(vit, image)
     boxes = windows(*grid, scales)
-    fore, back = select_windows(attended_patches(A, grid)[0], boxes, patch)
-    features, batch = [], max(1, PATCHES_AT_ONCE["cuda" if image.is_cuda else "cpu"] // (size // patch) ** 2)
-    for chosen in (fore, back & stuff):
-        parts = [x[:0]]                                                           # (0, D)
-        for start in range(0, chosen.sum(), batch):
-            crops = crop_windows(image[0], boxes[chosen][start:start + batch], patch, size)
-            check_last_block(vit, crops)
-            x, A, v = last_attention(vit, crops)
-            parts.append(cls_feature(vit, x, (A[:, :, None] @ v).flatten(1)))     # (M, D)
-        features.append(torch.cat(parts))
-    return features
+    fore, back = select_windows(attended_patches(A, grid)[0], boxes, vit.patch_size)
+    back_boxes = boxes[back] if stuff else boxes[:0]
+    return features_of(vit, image[0], boxes[fore], size), features_of(vit, image[0], back_boxes, size)
 
 
 def cluster(features, k, seed=0):
     """k-means of features (M, D), numpy or CPU tensor: centroids (k, D), numpy float32; the best start's.
 
     Euclidean distance of un-normalised features, as TransFGU; its single start at random points often sticks
-    in a poor optimum. Raises ValueError if there are fewer than k features.
+    in a poor optimum. Raises ValueError if there are fewer than k different features.
     """
     features = torch.as_tensor(features).detach().float().numpy()
-    if len(features) < k:
-        raise ValueError(f"{len(features)} windows are too few for {k} clusters: "
-                         f"give more images or fewer classes")
-    rng, best, lowest = np.random.default_rng(seed), None, np.inf
-    for _ in range(RESTARTS):
-        centroids, _ = kmeans2(features, k, iter=100, minit="++", rng=rng)
-        inertia = (vq(features, centroids)[1] ** 2).sum()
-        if inertia < lowest:
-            best, lowest = centroids, inertia
-    return best
+    different = len({hash(row.tobytes()) for row in features})
+    if different < k:
+        raise ValueError(f"{different} different windows of {len(features)} are too few for {k} clusters: "
+                         f"give more images (copies of one do not count) or fewer classes")
+    rng = np.random.default_rng(seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                   # a cluster that loses all its windows stays in place
+        starts = [kmeans2(features, k, iter=100, minit="++", rng=rng)[0] for _ in range(RESTARTS)]
+    inertias = [(vq(features, centroids)[1] ** 2).sum() for centroids in starts]
+    return starts[np.argmin(inertias)]
 
 
 # ----------------------------------------------------------------------------
@@ -230,9 +211,9 @@ def keep_mass(maps, share=KEEP_MASS):
 
     maps (..., n) >= 0 -> bool (..., n); an all-zero map keeps nothing.
     """
-    values, order = maps.sort(-1)
-    tail = values.cumsum(-1) > (1 - share) * values.sum(-1, keepdim=True)
-    return torch.zeros_like(tail).scatter(-1, order, tail)
+    values, order = maps.sort(-1)                         # smallest first
+    kept = values.cumsum(-1) > (1 - share) * values.sum(-1, keepdim=True)
+    return torch.zeros_like(kept).scatter(-1, order, kept)        # each answer where its value was in `maps`
 
 
 @torch.no_grad()
@@ -252,26 +233,26 @@ def class_activation_maps(vit, image, centroids):
     In closed form: attended = A v is linear in A, so d cos / d A = v u with u = d cos / d attended. One
     backward pass of K copies of one token through the last MLP gives all K of them.
     """
-    check_last_block(vit, image)
     if torch.is_inference_mode_enabled():
         raise RuntimeError("torch.inference_mode() allows no gradient, which these maps need: use no_grad()")
     if centroids.ndim != 2:
         raise ValueError(f"centroids {tuple(centroids.shape)}: (K, D) expected")
-    B, K, grid = len(image), len(centroids), patch_grid(vit, image)
+    h, w = patch_grid(vit, image)
+    patches = slice(-h * w, None)                         # of the tokens: the last, behind CLS and registers
     x, A, v = last_attention(vit, image)                        # (B, D), (B, heads, n), (B, heads, n, d)
-    attended = (A[:, :, None] @ v).flatten(1)                                     # (B, D)
+    attended = attend(A, v)                                                       # (B, D)
     with torch.enable_grad():
-        copies = attended[:, None].repeat(1, K, 1).requires_grad_()               # (B, K, D)
-        cosine = F.cosine_similarity(cls_feature(vit, x[:, None], copies), centroids, dim=2)
+        copies = attended[:, None].repeat(1, len(centroids), 1).requires_grad_()  # (B, K, D)
+        cosine = F.cosine_similarity(finish_block(vit, x[:, None], copies), centroids, dim=2)     # (B, K)
         u, = torch.autograd.grad(cosine.sum(), copies)                            # (B, K, D)
-    hw = grid[0] * grid[1]                                # the patches come last, behind CLS and registers
-    v = v[:, :, -hw:].transpose(1, 2).flatten(2)                                  # (B, hw, D), D = heads * d
-    alpha = u @ v.transpose(1, 2) / A.shape[1]                                    # (B, K, hw)
+    # in each head alpha is u v; its mean over heads is the sum over all D = heads * d channels / heads
+    values = v[:, :, patches].transpose(1, 2).flatten(2)                          # (B, hw, D), heads as in u
+    alpha = torch.einsum("bkD,bnD->bkn", u, values) / A.shape[1]                  # (B, K, hw)
     evidence = F.relu(alpha)
     evidence = evidence * keep_mass(evidence)
-    attention = A[:, :, -hw:].mean(1, keepdim=True)                               # (B, 1, hw)
-    maps = attention / attention.amax(2, keepdim=True) + evidence
-    return (maps * (alpha >= 0)).view(B, K, *grid)
+    attention = A[:, :, patches].mean(1, keepdim=True)                            # (B, 1, hw)
+    maps = attention / attention.amax(2, keepdim=True) + evidence                 # (B, K, hw)
+    return (maps * (alpha >= 0)).unflatten(2, (h, w))
 
 
 # ----------------------------------------------------------------------------
@@ -295,15 +276,13 @@ class HandViT:
         tokens = torch.cat([tokens.new_tensor([1.0, 0, 0, 0, 0]).expand(len(image), 1, 5), tokens], dim=1)
         return tokens, *(tokens @ self.qkv)[:, None].chunk(3, dim=3)
 
-    def forward(self, image):
-        x, q, k, v = self.last_qkv(image)
-        return self.norm(x + F.scaled_dot_product_attention(q, k, v)[:, 0])
-
 
 def main():
     """Two discs in each of 24 pictures, three colours in all: find windows, three clusters, their maps."""
     from PIL import Image, ImageDraw
-    size, vit, rng = 160, HandViT(), np.random.default_rng(0)
+    size, cell = 160, 240                                 # pixels of a picture, and of a tile of the page
+    vit = HandViT()
+    rng = np.random.default_rng(0)
     y, x = np.mgrid[:size, :size]
     colours = np.array([[0.9, 0.2, 0.2], [0.2, 0.8, 0.3], [0.25, 0.35, 0.95]])
     pictures = []
@@ -318,7 +297,7 @@ def main():
     centroids = torch.tensor(cluster(bank, 3))
     print(f"{len(bank)} foreground windows of {len(pictures)} pictures; sizes of the clusters "
           f"{np.bincount(vq(bank.numpy(), centroids.numpy())[0]).tolist()}")
-    picture, cell = pictures[0], 240
+    picture = pictures[0]
     _, A, _ = last_attention(vit, picture)
     boxes = windows(20, 20)
     chosen, _ = select_windows(attended_patches(A, (20, 20))[0], boxes, 8)
@@ -338,6 +317,64 @@ def main():
         draw.rectangle([10 + box[0], 30 + box[1], 10 + box[2], 30 + box[3]], outline="yellow")
     page.save("cam.png")
     print("wrote cam.png: the map of a cluster is bright on the disc of its colour and black on any other")
+
+
+# ----------------------------------------------------------------------------
+# For another project: a ViT of timm or HuggingFace as this file wants it
+
+
+def from_timm(vit):
+    """A VisionTransformer of timm, made with dynamic_img_size=True: windows are smaller than images."""
+    last, heads = vit.blocks[-1], vit.blocks[-1].attn.num_heads
+
+    def last_qkv(image):
+        x = vit.norm_pre(vit._pos_embed(vit.patch_embed(image)))
+        for block in vit.blocks[:-1]:
+            x = block(x)
+        qkv = last.attn.qkv(last.norm1(x)).unflatten(2, (3, heads, -1))           # (B, n, 3, heads, d)
+        return x, *qkv.permute(2, 0, 3, 1, 4)
+
+    ours = SimpleNamespace(patch_size=vit.patch_embed.patch_size[0], last_qkv=last_qkv, blocks=[last],
+                           norm=vit.norm)
+    check_last_block(ours, vit.forward_features)
+    return ours
+
+
+def from_huggingface(model):
+    """A ViTModel of HuggingFace (transformers 5.24)."""
+    last = model.layers[-1]
+    attn = last.attention
+
+    def last_qkv(image):
+        x = model.embeddings(image, interpolate_pos_encoding=True)
+        for layer in model.layers[:-1]:
+            x = layer(x)
+        y = last.layernorm_before(x)
+        qkv = [proj(y).unflatten(2, (attn.num_attention_heads, -1)).transpose(1, 2)
+               for proj in (attn.q_proj, attn.k_proj, attn.v_proj)]               # (B, heads, n, d) each
+        return x, *qkv
+
+    block = SimpleNamespace(attn=SimpleNamespace(proj=attn.o_proj), norm2=last.layernorm_after, mlp=last.mlp)
+    ours = SimpleNamespace(patch_size=model.config.patch_size, last_qkv=last_qkv, blocks=[block],
+                           norm=model.layernorm)
+    check_last_block(ours, lambda image: model(image, interpolate_pos_encoding=True).last_hidden_state)
+    return ours
+
+
+@torch.no_grad()
+def check_last_block(vit, forward):
+    """Raise ValueError if the ViT's last block is not the one written in this file.
+
+    forward    (B, 3, H, W) -> tokens (B, n, D) after the last norm, CLS first, as the ViT itself makes them
+    """
+    side = 4 * vit.patch_size
+    image = torch.linspace(-2, 2, 3 * side * side).view(1, 3, side, side).to(vit.norm.weight)
+    expected = forward(image)[:, 0]                                               # (1, D)
+    error = ((cls_feature(vit, image) - expected).norm() / expected.norm()).item()
+    if not error < 0.02:                                  # bf16 makes 0.01
+        raise ValueError(f"the ViT's last block is not x + proj(A v), then + mlp(norm2(x)): CLS differs by "
+                         f"{100 * error:.0f} %. LayerScale has to be multiplied into attn.proj and mlp.fc2, "
+                         f"norms of q and k belong into last_qkv, and q, k, v have to be in this order")
 
 
 if __name__ == "__main__":

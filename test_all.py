@@ -484,16 +484,16 @@ class TimmLike(nn.Module):
         self.patch_embed.forward = lambda image: self.patch_embed.proj(image).flatten(2).transpose(1, 2)
         self.cls_token = nn.Parameter(torch.randn(1, 1, 24))
         self.blocks = nn.ModuleList(self.Block(scale) for _ in range(2))
-        self.norm, self.head = nn.LayerNorm(24), nn.Linear(24, 5)
+        self.norm = nn.LayerNorm(24)
 
     def _pos_embed(self, x):
         return torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
 
-    def forward(self, image):
+    def forward_features(self, image):
         x = self._pos_embed(self.patch_embed(image))
         for block in self.blocks:
             x = block(x)
-        return self.head(self.norm(x)[:, 0])
+        return self.norm(x)
 
 
 class HuggingFaceLike:
@@ -522,32 +522,27 @@ class HuggingFaceLike:
 
     def __call__(self, image, interpolate_pos_encoding=False):
         assert interpolate_pos_encoding
-        return self.timm(image)
+        return SimpleNamespace(last_hidden_state=self.timm.forward_features(image))
 
 
-def adapted(name, **space):
-    """What the adapter for `name` in cam.py's docstring makes of a ViT."""
-    text = cam.__doc__.split(name)[1].split(":\n\n", 1)[1].split("\n\nA ")[0]
-    exec(textwrap.dedent(text), space)
-    return space["vit"]
-
-
-def test_the_adapters_in_cams_docstring_give_the_maps_of_k_backward_passes():
+def test_vits_of_timm_and_huggingface_give_the_maps_of_one_image_at_a_time():
     image, timm = randn(2, 3, 32, 40), TimmLike().eval()
     centroids = randn(4, 24, seed=1)
-    vit = adapted("ViT of timm", vit=timm)
+    vit = cam.from_timm(timm)
     maps = cam.class_activation_maps(vit, image, centroids)
-    other = adapted("ViTModel of HuggingFace", model=HuggingFaceLike(timm), SimpleNamespace=SimpleNamespace)
+    other = cam.from_huggingface(HuggingFaceLike(timm))
     torch.testing.assert_close(cam.class_activation_maps(other, image, centroids), maps)
     alone = torch.cat([cam.class_activation_maps(vit, one, centroids) for one in image.split(1)])
     torch.testing.assert_close(alone, maps)
+    torch.testing.assert_close(cam.cls_feature(vit, image), timm.forward_features(image)[:, 0])
     assert cam.window_features(vit, image[:1], 16, (0.5,))[0].shape[1] == 24
 
 
 def test_a_vit_with_layer_scale_is_refused_before_it_gives_wrong_maps():
-    vit = adapted("ViT of timm", vit=TimmLike(scale=0.5).eval())
-    with pytest.raises(ValueError, match="LayerScale has to be multiplied"):
-        cam.class_activation_maps(vit, randn(1, 3, 32, 32), randn(2, 24))
+    scaled = TimmLike(scale=0.5).eval()
+    for adapt, vit in ((cam.from_timm, scaled), (cam.from_huggingface, HuggingFaceLike(scaled))):
+        with pytest.raises(ValueError, match="LayerScale has to be multiplied"):
+            adapt(vit)
 
 
 def test_window_features_are_the_normed_cls_tokens_of_the_crops(monkeypatch):
@@ -577,8 +572,18 @@ def test_clusters_are_found_repeatably_and_too_few_windows_are_named():
     found = cam.cluster(x, 6, seed=1)
     assert np.abs(found[:, None] - centres[None]).max(2).min(0).max() < 0.3
     assert np.array_equal(found, cam.cluster(x, 6, seed=1)) and found.dtype == np.float32
-    with pytest.raises(ValueError, match="5 windows are too few for 6 clusters"):
+    with pytest.raises(ValueError, match="5 different windows of 5 are too few for 6 clusters"):
         cam.cluster(x[:5], 6)
+
+
+def test_copies_of_a_window_do_not_count_and_scipy_warns_of_nothing(recwarn):
+    x = randn(5, 8)
+    with pytest.raises(ValueError, match="5 different windows of 80 are too few for 20 clusters: .*copies"):
+        cam.cluster(x.repeat(16, 1), 20)
+    centroids = cam.cluster(x.repeat(16, 1).half(), 5)
+    assert_close(torch.from_numpy(centroids).sort(0).values, x.half().float().sort(0).values)
+    lonely = torch.cat([torch.arange(50.0)[:, None], torch.tensor([[1e4], [1e4 + 1], [1e4 + 2]])])
+    assert cam.cluster(lonely, 40).shape == (40, 1) and not len(recwarn)
 
 
 # ----------------------------------------------------------------------------
