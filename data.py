@@ -2,15 +2,17 @@
 
 A data set is a list of images: image(i) -> uint8 (H, W, 3), label(i) -> uint8 (H, W) of class indices, 255
 void. `shapes` is rendered from a seed, VOC and COCO are read in their published layouts, `Folder` is any
-images. Needs torch, numpy and pillow: copy this file anywhere.
+images, `Masks` any images with labels. Needs torch, numpy and pillow: copy this file anywhere.
 
     python data.py                       # writes data.png: scenes of `shapes`, their labels, crops of both
     python tools/get_data.py --help      # downloads and checks VOC and COCO
 
 In this file, in this order:
     crops and augmentation      draw -> crop -> augment: all that the method itself needs
+    programs                    errors become lines, files are written whole
     reading files               open_image, open_label, squash
-    VOC, COCO, folders          class tables, then one class for each layout
+    classes                     their names in VOC and COCO, their shares, their colours
+    data sets on disk           one class for each layout, and a check of all files
     shapes                      the renderer
 """
 
@@ -45,7 +47,130 @@ VOID = 255                                                # label of pixels that
 
 
 # ----------------------------------------------------------------------------
-# What every program does alike: errors become lines, and files are written whole
+# Crops and augmentation. Each number is drawn from (seed, epoch, sample), never from a process's own stream,
+# so that a sample looks the same in any batch, on any process, and in a run that was resumed.
+
+JITTER = (0.8, 0.8, 0.8, 0.2)                             # TransFGU's, as for ColorJitter; hue in turns
+
+
+class Draws(NamedTuple):
+    """The random numbers of B samples, each (B,) float32: four for `crop`, six for `augment`."""
+    scale: torch.Tensor                                   # side of a square, in shares of the image's
+    y: torch.Tensor                                       # its top left corner, likewise
+    x: torch.Tensor
+    flip: torch.Tensor                                    # 1: mirrored
+    brightness: torch.Tensor                              # factors; 1: unchanged
+    contrast: torch.Tensor
+    saturation: torch.Tensor
+    hue: torch.Tensor                                     # in turns; 0: unchanged
+    grey: torch.Tensor                                    # 1: without colour
+    sigma: torch.Tensor                                   # of the blur, in pixels; 0: no blur
+
+
+def draw(seed, epoch, samples, jitter=JITTER):
+    """The Draws of `samples`, a sequence of B integers, in one epoch.
+
+    A square of 0.4 to 1 times the image's side, anywhere in it, mirrored half the time. Then as TransFGU:
+    colour jitter with probability 0.3, grayscale 0.2, Gaussian blur 0.2 (theirs is drawn once a batch).
+
+    jitter    the largest change of brightness, contrast, saturation, and of hue in turns
+    """
+    generators = [np.random.default_rng((seed, epoch, int(sample))) for sample in samples]
+    uniforms = np.array([g.random(11) for g in generators]).reshape(-1, 11)       # (B, 11) in 0..1
+    (u_scale, u_y, u_x, u_flip, u_jitter, u_brightness, u_contrast, u_saturation, u_hue, u_grey,
+     u_blur) = uniforms.T                                 # (B,) each
+    jittered = u_jitter < 0.3
+    blurred = u_blur < 0.2                                # where it holds, u_blur is uniform in 0..0.2
+
+    def change(uniform, largest):                         # (B,), from -largest to largest, 0 if not jittered
+        return jittered * (2 * uniform - 1) * largest
+
+    scale = 0.4 + 0.6 * u_scale
+    numbers = Draws(
+        scale=scale,
+        y=u_y * (1 - scale),
+        x=u_x * (1 - scale),
+        flip=u_flip < 0.5,
+        brightness=1 + change(u_brightness, jitter[0]),
+        contrast=1 + change(u_contrast, jitter[1]),
+        saturation=1 + change(u_saturation, jitter[2]),
+        hue=change(u_hue, jitter[3]),
+        grey=u_grey < 0.2,
+        sigma=blurred * (1 + 5 * u_blur))                 # 1 to 2, or 0
+    return Draws(*(torch.from_numpy(n.astype(np.float32)) for n in numbers))
+
+
+def crop(x, draws, size, mode="bilinear"):
+    """Cut and mirror x by the affine grid of `draws`; with the same draws, all that is cut moves alike.
+
+    x         (B, C, S, S) image, CAM or label on any grid of S x S cells
+    size      side of the result: the square that is cut is resized to size x size cells
+    mode      bilinear (images), nearest (labels), area (CAM: a cell is the mean of 2 x 2 bilinear samples)
+    returns   (B, C, size, size) in x's own type; integers that are not taken `nearest` become float32
+    """
+    if mode == "area":
+        return F.avg_pool2d(crop(x, draws, 2 * size), 2)
+    zero = torch.zeros_like(draws.scale)                  # (B,)
+    mirror = 1 - 2 * draws.flip                           # -1: the square is read from right to left
+    centre_x = 2 * draws.x + draws.scale - 1              # of the square, in -1..1 across the image
+    centre_y = 2 * draws.y + draws.scale - 1
+    # the map from the result's coordinates to the image's, both in -1..1: (B, 2, 3)
+    theta = torch.stack([torch.stack([draws.scale * mirror, zero, centre_x], 1),
+                         torch.stack([zero, draws.scale, centre_y], 1)], 1)
+    grid = F.affine_grid(theta, (len(theta), 1, size, size), align_corners=False) # (B, size, size, 2)
+    exact = torch.promote_types(x.dtype, grid.dtype)      # float32, or float64
+    cut = F.grid_sample(x.to(exact), grid.to(exact), mode, "border", align_corners=False)
+    return cut.to(x.dtype) if x.is_floating_point() or mode == "nearest" else cut
+
+
+def per_image(numbers):
+    """(B,) -> (B, 1, 1, 1)"""
+    return numbers.view(-1, 1, 1, 1)
+
+
+def augment(image, draws):
+    """Colour jitter, grayscale and blur of image (B, 3, H, W), floats in 0..1 -> same shape, type and range.
+
+    Hue turns about the grey axis of RGB (torchvision's goes through HSV).
+    """
+    if not image.is_floating_point():
+        raise ValueError(f"image is {image.dtype}: floats in 0..1 expected, divide by 255")
+    x = image.to(torch.promote_types(image.dtype, torch.float32))                 # float32, or float64
+    luma = torch.tensor([0.299, 0.587, 0.114], dtype=x.dtype).view(1, 3, 1, 1)
+    luma = luma.to(x.device, non_blocking=True)           # `new_tensor` would wait for the GPU
+    x = (x * per_image(draws.brightness)).clamp(0, 1)     # a factor of 1: unchanged
+    mean = (x * luma).sum(1, keepdim=True).mean((2, 3), keepdim=True)             # (B, 1, 1, 1)
+    x = ((x - mean) * per_image(draws.contrast) + mean).clamp(0, 1)
+    shade = (x * luma).sum(1, keepdim=True)               # (B, 1, H, W); grey is saturation 0
+    x = ((x - shade) * per_image(draws.saturation) * (1 - per_image(draws.grey)) + shade).clamp(0, 1)
+    angle = per_image(draws.hue) * 2 * math.pi            # Rodrigues' formula
+    cos, sin = angle.cos(), angle.sin()
+    r, g, b = x.unbind(1)
+    across = torch.stack([b - g, r - b, g - r], 1) / math.sqrt(3)                 # (B, 3, H, W)
+    x = (cos * x + sin * across + (1 - cos) * x.mean(1, keepdim=True)).clamp(0, 1)
+    edge = torch.exp(-0.5 / draws.sigma.clamp(min=1e-3) ** 2)                     # (B,); 0: no blur
+    line = torch.stack([edge, torch.ones_like(edge), edge], 1)                    # a Gaussian of 3 pixels
+    line = line / (1 + 2 * edge)[:, None]                 # (B, 3), sums to 1
+    kernel = (line[:, :, None] * line[:, None]).to(x.dtype)                       # (B, 3, 3)
+    kernel = kernel.repeat_interleave(3, 0)[:, None]      # (3 B, 1, 3, 3): each channel of each image is a
+    B, _, H, W = x.shape                                  # group of its own, with its image's kernel
+    padded = F.pad(x, (1, 1, 1, 1), mode="reflect").reshape(1, 3 * B, H + 2, W + 2)
+    return F.conv2d(padded, kernel, groups=3 * B).view(B, 3, H, W).to(image.dtype)
+
+
+def to_float(image, device=None):
+    """uint8 (B, H, W, 3), numpy or torch -> float (B, 3, H, W) in 0..1, on `device` if given."""
+    return torch.as_tensor(image).to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 255
+
+
+# ----------------------------------------------------------------------------
+# Programs: errors become lines, and files are written whole
+
+TEMPORARY = ".tmp"                                        # suffix of files that are being written
+# how torch and the system word a lack of memory: of the machine (Linux and macOS, Windows), of a GPU
+MACHINE_IS_FULL = ("can't allocate memory", "not enough memory", "cannot allocate memory")
+GPU_IS_FULL = ("out of memory", "alloc_failed")
+
 
 
 class UserError(OSError):
@@ -79,20 +204,15 @@ def exit_code(main):
     except OSError as error:                              # a UserError, or what the system refuses
         return report(error)
     except Exception as error:
-        message = str(error).lower()                      # torch, the driver of a GPU and nccl: a type each
-        if isinstance(error, MemoryError) or any(words in message for words in CPU_MEMORY):
-            return report(f"too little memory on this machine: close other programs or ask for less (smaller "
+        message = str(error).lower()                      # torch, a GPU's driver and nccl have a type each
+        if isinstance(error, MemoryError) or any(words in message for words in MACHINE_IS_FULL):
+            return report("too little memory on this machine; close other programs, or ask for less (smaller "
                           f"--size, larger --accumulate, --limit): {one_line(error)}")
-        if "out of memory" in message:
-            return report(f"too little memory on the GPU: free it, ask for less (smaller --size, larger "
+        if any(words in message for words in GPU_IS_FULL):
+            return report("too little memory on the GPU; free it, ask for less (smaller --size, larger "
                           f"--accumulate), or use --device cpu: {one_line(error)}")
-        traceback.print_exc()
+        traceback.print_exc()                             # a mistake of ours
         return 1
-
-
-# of torch's allocator, on Linux and macOS and on Windows, and of the system
-CPU_MEMORY = ("can't allocate memory", "not enough memory", "cannot allocate memory")
-TEMPORARY = ".tmp"                                        # suffix of files that are being written
 
 
 def write_whole(file, save, sync=True):
@@ -131,106 +251,12 @@ def remove_temporary(folder, age=600):
 
 
 # ----------------------------------------------------------------------------
-# Crops and augmentation. Each number is drawn from (seed, epoch, sample), never from a process's own stream,
-# so that a sample looks the same in any batch, on any process, and in a run that was resumed.
-
-JITTER = (0.8, 0.8, 0.8, 0.2)                             # TransFGU's, as for ColorJitter; hue in turns
-
-
-class Draws(NamedTuple):
-    """The random numbers of B samples, each (B,) float32: four for `crop`, six for `augment`."""
-    scale: torch.Tensor                                   # side of a square, in shares of the image's
-    y: torch.Tensor                                       # its top left corner, likewise
-    x: torch.Tensor
-    flip: torch.Tensor                                    # 1: mirrored
-    brightness: torch.Tensor                              # factors; 1: unchanged
-    contrast: torch.Tensor
-    saturation: torch.Tensor
-    hue: torch.Tensor                                     # in turns; 0: unchanged
-    grey: torch.Tensor                                    # 1: without colour
-    sigma: torch.Tensor                                   # of the blur, in pixels; 0: no blur
-
-
-def draw(seed, epoch, samples, jitter=JITTER):
-    """The Draws of `samples`, a sequence of B integers, in one epoch.
-
-    A square of 0.4 to 1 times the image's side, anywhere in it, mirrored half the time. Then as TransFGU:
-    colour jitter with probability 0.3, grayscale 0.2, Gaussian blur 0.2 (theirs is drawn once a batch).
-
-    jitter    the largest change of brightness, contrast, saturation, and of hue in turns
-    """
-    u = np.array([np.random.default_rng((seed, epoch, int(s))).random(11) for s in samples]).reshape(-1, 11).T
-    scale, jittered, blurred = 0.4 + 0.6 * u[0], u[4] < 0.3, u[10] < 0.2
-    change = [jittered * (2 * uniform - 1) * most for uniform, most in zip(u[5:9], jitter)]
-    sigma = blurred * (1 + 5 * u[10])                     # u[10] is uniform below 0.2, so sigma in 1 to 2
-    numbers = (scale, u[1] * (1 - scale), u[2] * (1 - scale), u[3] < 0.5,
-               1 + change[0], 1 + change[1], 1 + change[2], change[3], u[9] < 0.2, sigma)
-    return Draws(*(torch.from_numpy(n.astype(np.float32)) for n in numbers))
-
-
-def crop(x, draws, size, mode="bilinear"):
-    """Cut and mirror x by the affine grid of `draws`; with the same draws, all that is cut moves alike.
-
-    x         (B, C, S, S) image, CAM or label on any grid of S x S cells
-    size      side of the result: the square that is cut is resized to size x size cells
-    mode      bilinear (images), nearest (labels), area (CAM: a cell is the mean of 2 x 2 bilinear samples)
-    returns   (B, C, size, size) in x's own type; integers that are not taken `nearest` become float32
-    """
-    if mode == "area":
-        return F.avg_pool2d(crop(x, draws, 2 * size), 2)
-    scale, zero = draws.scale, torch.zeros_like(draws.scale)                      # (B,) each
-    theta = torch.stack([scale * (1 - 2 * draws.flip), zero, 2 * draws.x + scale - 1,
-                         zero, scale, 2 * draws.y + scale - 1], 1)                # in -1..1 across the image
-    grid = F.affine_grid(theta.view(-1, 2, 3), (len(theta), 1, size, size), align_corners=False)
-    exact = torch.promote_types(x.dtype, grid.dtype)      # float32, or float64
-    cut = F.grid_sample(x.to(exact), grid.to(exact), mode, "border", align_corners=False)
-    return cut.to(x.dtype) if x.is_floating_point() or mode == "nearest" else cut
-
-
-def augment(image, draws):
-    """Colour jitter, grayscale and blur of image (B, 3, H, W), floats in 0..1 -> same shape, type and range.
-
-    Hue turns about the grey axis of RGB (torchvision's goes through HSV).
-    """
-    if not image.is_floating_point():
-        raise ValueError(f"image is {image.dtype}: floats in 0..1 expected, divide by 255")
-    given, image = image.dtype, image.to(torch.promote_types(image.dtype, torch.float32))
-    of_each = lambda numbers: numbers.view(-1, 1, 1, 1)   # (B,) -> (B, 1, 1, 1)
-    luma = torch.tensor([0.299, 0.587, 0.114], dtype=image.dtype).view(1, 3, 1, 1)
-    luma = luma.to(image.device, non_blocking=True)       # `new_tensor` would wait for the GPU
-    image = (image * of_each(draws.brightness)).clamp(0, 1)                       # a factor of 1: unchanged
-    mean = (image * luma).sum(1, keepdim=True).mean((2, 3), keepdim=True)         # (B, 1, 1, 1)
-    image = ((image - mean) * of_each(draws.contrast) + mean).clamp(0, 1)
-    shade = (image * luma).sum(1, keepdim=True)           # (B, 1, H, W); grey is saturation 0
-    saturation = of_each(draws.saturation)
-    image = ((image - shade) * saturation * (1 - of_each(draws.grey)) + shade).clamp(0, 1)
-    angle = of_each(draws.hue) * 2 * math.pi              # Rodrigues' formula
-    cos, sin = angle.cos(), angle.sin()
-    r, g, b = image.unbind(1)
-    across = torch.stack([b - g, r - b, g - r], 1) / math.sqrt(3)                 # (B, 3, H, W)
-    image = (cos * image + sin * across + (1 - cos) * image.mean(1, keepdim=True)).clamp(0, 1)
-    edge = torch.exp(-0.5 / draws.sigma.clamp(min=1e-3) ** 2)                     # 3 x 3 Gaussian; 0: no blur
-    line = torch.stack([edge, torch.ones_like(edge), edge], 1) / (1 + 2 * edge)[:, None]
-    kernel = (line[:, :, None] * line[:, None]).repeat_interleave(3, 0)[:, None]  # (3 B, 1, 3, 3)
-    B, _, H, W = image.shape                              # every channel is a group with its own kernel
-    padded = F.pad(image, (1, 1, 1, 1), mode="reflect").reshape(1, 3 * B, H + 2, W + 2)
-    return F.conv2d(padded, kernel.to(image.dtype), groups=3 * B).view(B, 3, H, W).to(given)
-
-
-def to_float(image, device=None):
-    """uint8 (B, H, W, 3), numpy or torch -> float (B, 3, H, W) in 0..1, on `device` if given."""
-    return torch.as_tensor(image).to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 255
-
-
-# ----------------------------------------------------------------------------
 # Reading files
 
-SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff")
-# photographs that are not read; `Folder` says how many it left out
-LEFT_OUT = (".heic", ".heif", ".hif", ".avif", ".gif", ".dng", ".cr2", ".cr3", ".nef", ".arw")
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jif", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff")
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF")          # not EPS, say, which would be run as a program
-MOST_PIXELS = 89_478_485                                  # 0.3 GB decoded; of a JPEG four times as many,
-REDUCED = 8192 * 6144                                     # since one of more than this is decoded smaller
+MOST_PIXELS = 89_478_485                                  # 0.3 GB decoded; of a JPEG four times as many
+REDUCED = 8192 * 6144                                     # a JPEG of more pixels is decoded at 1/2 or 1/4
 TURNS = dict(zip(range(2, 9), (                           # of each EXIF orientation; 1: not turned
     Image.FLIP_LEFT_RIGHT, Image.ROTATE_180, Image.FLIP_TOP_BOTTOM, Image.TRANSPOSE,
     Image.ROTATE_270, Image.TRANSVERSE, Image.ROTATE_90)))
@@ -244,7 +270,7 @@ def opened(path, what="image"):
     """The file as a Pillow image. Whatever goes wrong with it, here or in the block, is a UserError."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):       # a pipe would never end
-            raise UserError(f"{path}: a folder, pipe or device, not a file; rename or remove it")
+            raise UserError(f"{path}: a folder, pipe or device, not a file; give it another name or place")
         with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > MOST_PIXELS and not isinstance(image, JpegImageFile):
                 raise UserError(f"{path}: {image.width} x {image.height} pixels are too many for one {what}; "
@@ -252,20 +278,64 @@ def opened(path, what="image"):
             yield image
     except UserError:
         raise
+    except UnidentifiedImageError:
+        reason, advice = unread_kind(path)
+        raise UserError(f"{path}: cannot read this {what} ({reason}); {advice} or leave it out") from None
     except Exception as error:                            # decoders raise a dozen kinds on damaged files
-        reason = ("no JPEG, PNG, BMP, WebP or TIFF" if isinstance(error, UnidentifiedImageError)
-                  else getattr(error, "strerror", None) or str(error) or type(error).__name__)
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise UserError(f"{path}: cannot read this {what} ({reason.splitlines()[0][:100]}); "
                         "get it again or leave it out") from None
+
+
+def unread_kind(path):
+    """What a file is that Pillow does not know, by its first bytes, and what to do with it."""
+    with open(path, "rb") as file:
+        start = file.read(12)
+    if start[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        return "a TIFF of more bands or longer numbers than are supported", "save three bands with 8 bits"
+    if start[4:8] == b"ftyp":
+        return "HEIC, AVIF or a film", "convert it to JPEG"
+    return "no JPEG, PNG, BMP, WebP or TIFF", "get it again"
 
 
 def orientation(image):
     """1 to 8 as EXIF has it; 1, not turned, where that cannot be read."""
     try:
-        found = image.getexif().get(0x112)
-        return found if found in TURNS else 1
+        value = image.getexif().get(0x112)
+        return value if value in TURNS else 1
     except Exception:                                     # broken EXIF raises a dozen kinds, too
         return 1
+
+
+def has_alpha(image):
+    """Whether some pixels may be transparent. The fourth band of a TIFF may as well be infrared."""
+    return image.has_transparency_data and image.format != "TIFF"
+
+
+def to_rgb(image):
+    """A Pillow image in RGB, 8 bits; what is transparent lies on white, as viewers show it."""
+    if has_alpha(image):
+        page = Image.new("RGBA", image.size, "white")
+        page.alpha_composite(image.convert("RGBA"))
+        return page.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def high_bytes(image, path):
+    """A Pillow image of 16 bits in 8: the high byte of each value; of colours Pillow keeps these alone.
+
+    Raises UserError where the scale is a guess: for floats, 32 bits, and pictures that use 14 bits at most:
+    cameras store 12 or 14 bits in 16, and the file does not say if 4095 is white or nearly black.
+    """
+    unknown = UserError(f"{path}: its file does not say which value is white; save it with 8 bits")
+    if image.mode[0] in "IF":                             # one band
+        values = np.asarray(image)
+        if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+            raise unknown
+        image = Image.fromarray((values >> 8).astype(np.uint8))
+    if np.asarray(image.convert("RGB")).max() < 64:       # 14 bits
+        raise unknown
+    return image
 
 
 def open_image(path, upright=False, least=None):
@@ -277,25 +347,15 @@ def open_image(path, upright=False, least=None):
               already while it is decoded. A JPEG of more than REDUCED pixels is halved or quartered anyway
     """
     with opened(path) as image:
-        is_16_bit = ";16" in str(image.tile[:1])
-        scale = 2 ** max(0, math.ceil(math.log(image.width * image.height / REDUCED, 4)))
-        image.draft(None, [min(side // scale, least or side) for side in image.size])             # JPEG alone
+        is_16_bit = image.mode[0] in "IF" or ";16" in str(image.tile[:1])
+        halvings = max(0, math.ceil(math.log(image.width * image.height / REDUCED, 4)))
+        image.draft(None, [min(side // 2 ** halvings, least or side) for side in image.size])     # JPEG alone
         image.load()                                      # Pillow turns TIFF by itself here
         turn = TURNS.get(orientation(image)) if upright else None
-        unknown = UserError(f"{path}: its file does not say which value is white; save it with 8 bits")
-        if image.mode[0] in "IF":                         # 16-bit grey, 32-bit integers or floats
-            values = np.asarray(image)
-            if image.mode == "F" or not 0 <= values.min() <= values.max() < 2 ** 16:
-                raise unknown
-            image, is_16_bit = Image.fromarray((values >> 8).astype(np.uint8)), True
-        if image.mode != "RGB":
-            image = image.convert("RGB")
-        # cameras store 12 or 14 bits in 16, and the file does not say if 4095 is white or nearly black
-        if is_16_bit and max(high for _, high in image.getextrema()) < 2 ** 14 >> 8:
-            raise unknown
+        rgb = to_rgb(high_bytes(image, path) if is_16_bit else image)
         if least:
-            image = image.reduce(max(1, min(image.size) // least))
-        return np.array(image if turn is None else image.transpose(turn))
+            rgb = rgb.reduce(max(1, min(rgb.size) // least))
+        return np.array(rgb if turn is None else rgb.transpose(turn))
 
 
 def upright_size(path):
@@ -316,22 +376,77 @@ def open_label(path, n_values=256, colours=None, gaps=()):
     Raises UserError naming the file.
     """
     with opened(path, "label") as image:
-        if image.mode not in ("P", "L"):
-            raise UserError(f"{path}: this label is {image.mode}; "
+        image.load()
+        kind = "a JPEG, which changes values" if isinstance(image, JpegImageFile) else image.mode
+        if kind not in ("P", "L"):
+            raise UserError(f"{path}: this label is {kind}; "
                             "make it an 8-bit palette or grey PNG of class indices")
-        label, used = np.array(image), np.unique(image)
-        given = np.array(image.getpalette() or []).reshape(-1, 3)                 # may be shorter than 256
+        label = np.array(image)
+        file_colours = np.array(image.getpalette() or []).reshape(-1, 3)          # may be fewer than 256
+    used = np.unique(label)
     unknown = used[(used >= n_values) & (used != VOID) | np.isin(used, gaps)]
     if unknown.size:
         raise UserError(f"{path}: label value {unknown[0]} is not in use in this data set (0 to "
                         f"{n_values - 1}{', with gaps' if len(gaps) else ''}, and 255); correct the file, or "
                         f"choose another data set")
-    for value in used[used < min(len(given), VOID)] if colours is not None else ():
-        colour, known = given[value].tolist(), colours[value].tolist()
-        if colour not in (known, [value] * 3):
+    for value in used[used < min(len(file_colours), VOID)] if colours is not None else ():
+        colour, expected = file_colours[value].tolist(), colours[value].tolist()
+        if colour not in (expected, [value] * 3):
             raise UserError(f"{path}: its palette shows label value {value} in colour {colour}, which is "
-                            f"{known} in this data set: the values were changed; get the original file")
+                            f"{expected} in this data set: the values were changed; get the original file")
     return label
+
+
+def read_lines(file):
+    """The lines of a text file that are not empty, stripped. Raises UserError if there are none.
+
+    It may be UTF-8 or, as Windows writes it, UTF-16. Other bytes stay what they are in names of files.
+    """
+    content = file.read_bytes()
+    encoding, errors = ("utf-16", "replace") if b"\0" in content else ("utf-8-sig", "surrogateescape")
+    lines = [line.strip() for line in content.decode(encoding, errors).splitlines() if line.strip()]
+    if not lines:
+        raise UserError(f"{file}: an empty list; write a name a line")
+    return lines
+
+
+def read_list(file, known):
+    """The names of samples in a list, whose lines may have the forms
+
+        2007_000032
+        2007_000032 1
+        /JPEGImages/2007_000032.jpg /SegmentationClassAug/2007_000032.png
+
+    known     names that exist. They may have spaces and dots, and be written in Latin-1: what is one of them
+              up to the line's first suffix, or its end, is a name; else the line's first word is
+    Raises UserError if the list is empty or has a name twice.
+    """
+    suffix = rf"(?:{'|'.join(map(re.escape, SUFFIXES))})(?:\s|$)"
+    names = []
+    for line in read_lines(file):
+        path = re.split(suffix, line, maxsplit=1, flags=re.IGNORECASE)[0]
+        name = re.split(r"[/\\]", path)[-1]
+        from_latin_1 = name.encode("utf-8", "surrogateescape").decode("latin-1")
+        names.append(next((n for n in (name, from_latin_1) if n in known), (name.split() or [name])[0]))
+    name, times = Counter(names).most_common(1)[0]
+    if times > 1:
+        raise UserError(f"{file}: {name} is listed twice; take one out")
+    return names
+
+
+def read_class_names(file):
+    """Names of classes from a file of one's own, one a line, in the order of their numbers from 0 on."""
+    names = read_lines(file)
+    if not 2 <= len(names) <= VOID or not all(name.isprintable() for name in names):
+        raise UserError(f"{file}: {len(names)} lines; 2 to {VOID} expected, in UTF-8, one for each class")
+    return names
+
+
+def in_words(counts, most=4):
+    """What a Counter has, the most frequent first: "30 .jpg, 7 .png"; rare kinds are added up."""
+    words = [f"{n} {kind}" for kind, n in counts.most_common(most)]
+    others = counts.total() - sum(n for _, n in counts.most_common(most))
+    return ", ".join(words + [f"{others} others"] * (others > 0))
 
 
 def squash(image, size, mode="bilinear", antialias=False):
@@ -344,8 +459,8 @@ def squash(image, size, mode="bilinear", antialias=False):
         raise ValueError(f"image is {image.dtype}: uint8 expected")
     if antialias and max(image.shape[:2]) > 2 * size:
         return np.array(Image.fromarray(image).resize((size, size), Image.BILINEAR))
-    x = torch.from_numpy(np.ascontiguousarray(image))
-    x = x.permute(2, 0, 1)[None].float() if x.ndim == 3 else x[None, None].float()
+    x = torch.from_numpy(np.ascontiguousarray(image)).float()
+    x = x.permute(2, 0, 1)[None] if x.ndim == 3 else x[None, None]                # (1, 3 or 1, H, W)
     x = F.interpolate(x, size=(size, size), mode=mode)[0]
     return x.round().byte().permute(1, 2, 0).squeeze(2).numpy()
 
@@ -403,21 +518,26 @@ def coco_table(kind):
 
 
 def class_shares(pixels, names):
-    """One line on the classes that labels show, and their shares of all pixels, from the largest on.
+    """One line on the classes that labels show, and their shares of all pixels, the largest first.
 
     pixels   (256,) or (n + 1,): how many pixels have each class index; void stands behind the n classes
     """
-    total, shown = max(1, pixels.sum()), sorted(zip(pixels, names), key=lambda c: -c[0])
-    words = [f"{name} {100 * count / total:.1f} %" for count, name in shown if count]
-    words += [f"void {100 * pixels[len(names):].sum() / total:.1f} %"]
-    return f"labels show {len(words) - 1} of {len(names)} classes: {', '.join(words)}"
+    total = max(1, pixels.sum())
+    shown = sorted(((n / total, name) for n, name in zip(pixels, names) if n), reverse=True)
+    shares = shown[:12]
+    if len(shown) > 12:
+        shares.append((sum(share for share, _ in shown[12:]), f"{len(shown) - 12} others"))
+    shares.append((pixels[len(names):].sum() / total, "void"))
+    return (f"labels show {len(shown)} of {len(names)} classes: "
+            + ", ".join(f"{name} {100 * share:.1f} %" for share, name in shares))
 
 
 def palette():
     """PASCAL VOC's colours: (256, 3) uint8. Class indices are spread over the bits of the three channels."""
-    bit = lambda b: (np.arange(256) >> b) & 1
-    colour = [sum(bit(3 * b + c) << (7 - b) for b in range(3)) for c in range(3)]
-    return np.stack(colour, 1).astype(np.uint8)
+    index, colours = np.arange(256), np.zeros((256, 3), np.uint8)
+    for bit in range(8):                                  # bit 0, 3, 6 is red's, from its highest bit on
+        colours[:, bit % 3] |= ((index >> bit & 1) << 7 - bit // 3).astype(np.uint8)
+    return colours
 
 
 # ----------------------------------------------------------------------------
@@ -433,8 +553,9 @@ class Dataset:
     background             whether class 0 is background, which is no cluster
     upright                whether images are turned as their EXIF says
     table, n_values, colours, gaps    class of each value in the label files; for the others see `open_label`
+    command                that gets the data set; with --check it names every file that is bad
     """
-    stuff, background, upright = 0, True, False
+    stuff, background, upright, command = 0, True, False, "python tools/get_data.py"
     table, n_values, colours, gaps = np.arange(256, dtype=np.uint8), 256, None, ()
 
     def __len__(self):
@@ -445,8 +566,12 @@ class Dataset:
         self.ids, self.images, self.labels = self.ids[:n], self.images[:n], self.labels[:n]
 
     def summary(self):
-        """One line on what was read."""
-        return f"{len(self)} images"
+        """One line on what is read: how many images, of which suffixes and in which folders."""
+        suffixes = Counter(file.suffix.lower() for file in self.images)
+        folders = Counter(str(file.parent) for file in self.images)
+        where = f"{len(folders)} folders: {in_words(folders)}" if len(folders) > 1 else self.images[0].parent
+        labels = f", labels in {self.labels[0].parent}" if self.labels else ""
+        return f"{len(self)} images ({in_words(suffixes)}) in {where}{labels}"
 
     def image(self, i):
         """uint8 (H, W, 3). Raises UserError naming the file."""
@@ -464,54 +589,72 @@ class Dataset:
             return None
         label = open_label(self.labels[i], self.n_values, self.colours, self.gaps)
         with opened(self.images[i]) as image:
-            if image.size != label.shape[::-1]:
-                mend = "its EXIF turns it: save it turned" if orientation(image) > 1 else "get the pair again"
-                raise UserError(f"{self.labels[i]}: this label is {label.shape[1]} x {label.shape[0]}, "
-                                f"its image {image.width} x {image.height}; {mend} or leave it out")
+            turned = orientation(image) > 1
+            size = upright_size(self.images[i]) if self.upright else image.size
+        if label.shape != size[::-1]:
+            advice = "its EXIF turns it: save both as they are shown" if turned else "get the pair again"
+            raise UserError(f"{self.labels[i]}: this label is {label.shape[1]} x {label.shape[0]}, "
+                            f"its image {size[0]} x {size[1]}; {advice} or leave it out")
         return self.table[label]
 
 
 def first_folder(root, candidates, advice):
     """The first of the candidates below root that exists. Raises UserError with the advice if none does."""
-    for folder in (Path(root) / part for part in candidates):
+    for folder in (Path(root) / candidate for candidate in candidates):
         if folder.is_dir():
             return folder
-    raise UserError(f"{Path(root) / candidates[0]}: no such folder; {advice}")
+    raise UserError(f"{Path(root) / candidates[0]}: no such folder{those_in(root)}; {advice}")
+
+
+def those_in(folder, pattern="*"):
+    """" (here: NAMES)", the first names that a folder has; "" without any."""
+    names = sorted(file.name for file in Path(folder).glob(pattern))
+    return f" (here: {', '.join(names[:8])}{', ...' * (len(names) > 8)})" if names else ""
+
+
+def by_stem(folder, preferred):
+    """{name without suffix: path} of a folder's images; where two have one name, the preferred suffix."""
+    files = [file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES]
+    return {file.stem: file for file in sorted(files, key=lambda file: file.suffix == preferred)}
 
 
 class VOC(Dataset):
-    """PASCAL VOC 2012 below root, VOCdevkit or VOC2012.
+    """PASCAL VOC 2012 below root, VOCdevkit or VOC2012; or data of one's own in this layout.
 
     aug       train on train_aug.txt and SegmentationClassAug, which have SBD's masks, too
+    A file names.txt beside the lists has the classes of data of one's own: a name a line, the first is
+    background. There are as many clusters as further lines.
     """
     names, things, n_values, colours = VOC_NAMES, 20, 21, palette()
 
     def __init__(self, root="data", split="train", aug=False):
         aug = aug and split == "train"
-        advice = f"get it with: python tools/get_data.py {'voc-aug' if aug else 'voc'} --root {root}"
+        self.command = f"python tools/get_data.py {'voc-aug' if aug else 'voc'} --root {root}"
+        advice = f"get it with: {self.command}"
         base = first_folder(root, ("VOCdevkit/VOC2012/ImageSets", "VOC2012/ImageSets", "ImageSets"),
                             f"{advice}, or give another --root").parent
-        file = base / "ImageSets" / "Segmentation" / f"{'train_aug' if aug else split}.txt"
-        if not file.is_file():
-            raise UserError(f"{file}: no such list; {advice}")
+        lists = first_folder(base, ("ImageSets/Segmentation",), advice)
+        files = [lists / f"{name}.txt" for name in (("train_aug", "trainaug") if aug else (split,))]
+        file = next((file for file in files if file.is_file()), None)
+        if file is None:
+            raise UserError(f"{files[0]}: no such list{those_in(lists, '*.txt')}; write it, or {advice}")
+        if (lists / "names.txt").is_file():
+            self.names = read_class_names(lists / "names.txt")
+            self.things, self.n_values, self.colours = len(self.names) - 1, len(self.names), None
         images = first_folder(base, ("JPEGImages",), advice)
-        # UTF-16, as Windows writes it; UTF-8; or other bytes, those of the file's name or Latin-1
-        content, self.ids = file.read_bytes(), []
-        how = ("utf-16", "replace") if b"\0" in content else ("utf-8-sig", "surrogateescape")
-        for line in filter(str.strip, content.decode(*how).splitlines()):
-            # DeepLab's have "/JPEGImages/ID.jpg /SegmentationClassAug/ID.png", others a flag after the ID
-            whole = re.split(r"\.(?:jpe?g|png)(?:\s|$)", line.strip(), flags=re.I)[0].rpartition("/")[2]
-            latin = whole.encode("utf-8", "surrogateescape").decode("latin-1")
-            names = whole, latin, *whole.split()[:1]      # the last is told if there is no such file
-            self.ids.append(next((n for n in names if (images / f"{n}.jpg").exists()), names[-1]))
-        if not self.ids:
-            raise UserError(f"{file}: an empty list; {advice}")
-        name, times = Counter(self.ids).most_common(1)[0]
-        if times > 1:
-            raise UserError(f"{file}: {name} is listed twice; take one out")
         labels = first_folder(base, ("SegmentationClassAug" if aug else "SegmentationClass",), advice)
-        self.images = [images / f"{i}.jpg" for i in self.ids]
-        self.labels = [labels / f"{i}.png" for i in self.ids]
+        image_of, label_of = by_stem(images, ".jpg"), by_stem(labels, ".png")
+        self.ids = read_list(file, image_of)
+        self.images = [image_of.get(i, images / f"{i}.jpg") for i in self.ids]
+        self.labels = [label_of.get(i, labels / f"{i}.png") for i in self.ids]
+
+
+def shows_thing(file):
+    """Whether a map of COCO shows a thing; None if it cannot be read."""
+    try:
+        return bool((open_label(file) < len(COCO_THINGS)).any())
+    except UserError:
+        return None
 
 
 class COCO(Dataset):
@@ -527,7 +670,8 @@ class COCO(Dataset):
     gaps = [raw for raw, name in enumerate(COCO_THINGS) if name == "-"]
 
     def __init__(self, root="data", split="train", kind="coco80", cache=None):
-        advice = f"get it with: python tools/get_data.py {kind} --root {root}"
+        self.command = f"python tools/get_data.py {kind} --root {root}"
+        advice = f"get it with: {self.command}"
         images = first_folder(root, (f"images/{split}2017", f"{split}2017"), advice)
         labels = first_folder(root, (f"annotations/{split}2017", f"stuffthingmaps/{split}2017"), advice)
         self.table, self.background = coco_table(kind), kind == "coco80"
@@ -541,19 +685,13 @@ class COCO(Dataset):
         sizes = sorted((entry.name, entry.stat().st_size) for entry in os.scandir(labels))
         key = hashlib.sha256(json.dumps([names, sizes]).encode()).hexdigest()[:16]
         kept = Path(cache) / f"coco-{split}-{key}.json" if cache else None
-        if kept and kept.is_file():
-            try:
-                self.ids = json.loads(kept.read_text())
-            except ValueError:
-                raise UserError(f"{kept}: damaged; remove it, and it is made again") from None
-        else:
-            def shows_thing(name):
-                try:
-                    return bool((open_label(labels / f"{name}.png") < len(COCO_THINGS)).any())
-                except UserError:
-                    return None
+        try:
+            self.ids = json.loads(kept.read_bytes()) if kept else []
+        except (OSError, ValueError):                     # not there yet, or damaged by a power cut
+            self.ids = []
+        if not self.ids:
             with ThreadPoolExecutor() as pool:
-                shown = list(pool.map(shows_thing, names))
+                shown = list(pool.map(shows_thing, (labels / f"{name}.png" for name in names)))
             self.ids = [name for name, thing in zip(names, shown) if thing is not False]
             if not self.ids:
                 raise UserError(f"{labels}: no map shows a thing (values 0 to 90); {advice}")
@@ -563,46 +701,137 @@ class COCO(Dataset):
         self.labels = [labels / f"{i}.png" for i in self.ids]
 
 
+def images_below(folder, left_out):
+    """Paths of the images in a folder, then of those in its subfolders, sorted by name.
+
+    What starts with a dot and Synology's thumbnails are passed over. left_out, a Counter, gets the kinds of
+    what else is no image. Raises UserError if a folder cannot be read.
+    """
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:                              # os.walk would leave such a folder out
+        raise UserError(f"{folder}: cannot read this folder ({error.strerror}); "
+                        "change its permissions") from None
+    images, below = [], []
+    for entry in entries:
+        kind = Path(entry.name).suffix.lower()
+        if entry.name.startswith(".") or entry.name == "@eaDir":
+            continue
+        if not os.path.isdir(entry):
+            if kind in SUFFIXES:
+                images.append(Path(entry.path))
+            else:
+                left_out[kind or "without suffix"] += 1
+        elif os.path.islink(entry):                       # it may lead back here
+            left_out["linked folders"] += 1
+        elif entry.name.lower() in ("thumbnails", "thumbs"):
+            left_out["folders of thumbnails"] += 1
+        else:
+            below += images_below(entry.path, left_out)
+    return images + below
+
+
+def surprises(file):
+    """What the header of an image says that its user may not expect, as a list of words."""
+    try:
+        with opened(file) as image:
+            words = {"with a palette, as label maps have": image.mode == "P",
+                     "in grey": image.mode[:1] in ("1", "L", "I"),
+                     "with alpha, laid on white": has_alpha(image),
+                     "with several pages, the first is used": not isinstance(image, JpegImageFile)
+                     and getattr(image, "n_frames", 1) > 1}
+            return [word for word, holds in words.items() if holds]
+    except UserError:
+        return ["that cannot be read"]
+
+
 class Folder(Dataset):
     """Any images, without labels; `n_classes` things and a background.
 
-    root      a folder, an image, or a list of these. Subfolders are searched, but for what starts with a dot
-              and Synology's thumbnails. Links to folders, folders of thumbnails, and photographs of LEFT_OUT
-              are left out, too, in a line on stderr for each kind. ids are relative to their root
+    root      a folder, an image, or a list of these. Subfolders are searched as in `images_below`; `summary`
+              says what is left out. ids are relative to their root
     """
     upright = True
 
     def __init__(self, root, n_classes=20):
         self.names = ["background", *(f"cluster {k}" for k in range(1, n_classes + 1))]
         self.things = n_classes
-        self.ids, self.images, self.labels = [], [], []
+        self.ids, self.images, self.labels, self.left_out = [], [], [], Counter()
+        for path in map(Path, [root] if isinstance(root, (str, os.PathLike)) else root):
+            self.command = f"python tools/get_data.py folder --root {path}"
+            if not path.exists():
+                raise UserError(f"{path}: no such file or folder; correct the path")
+            images = images_below(path, self.left_out) if path.is_dir() else [path]
+            if not images:
+                raise UserError(f"{path}: no images here{self.what_is_left_out()}; give a folder with any of "
+                                f"{' '.join(SUFFIXES)}")
+            base = path if path.is_dir() else path.parent
+            self.ids += [str(file.relative_to(base).with_suffix("")) for file in images]
+            self.images += images
 
-        def refuse(error):                                # os.walk alone would leave such a folder out
-            raise UserError(f"{error.filename}: cannot read this folder ({error.strerror}); "
-                            "change its permissions")
+    def what_is_left_out(self):
+        words = in_words(+self.left_out, 10)
+        return f"; left out: {words} (convert pictures among these to JPEG)" if words else ""
 
-        for root in map(Path, [root] if isinstance(root, (str, os.PathLike)) else root):
-            if not root.exists():
-                raise UserError(f"{root}: no such file or folder; correct the path")
-            found, base = ([root], root.parent) if root.is_file() else ([], root)
-            left_out = defaultdict(list)                  # names by kind
-            for folder, below, files in os.walk(root, onerror=refuse) if root.is_dir() else ():
-                below[:] = sorted(f for f in below if not f.startswith(".") and f != "@eaDir")
-                left_out["linked folders"] += [f for f in below if os.path.islink(os.path.join(folder, f))]
-                thumbnails = [f for f in below if f.lower() in ("thumbnails", "thumbs")]
-                left_out["folders of thumbnails"] += thumbnails
-                below[:] = [f for f in below if f not in thumbnails]
-                files = sorted(f for f in files if not f.startswith("."))
-                for suffix in LEFT_OUT:
-                    left_out[f"{suffix} files"] += [f for f in files if f.lower().endswith(suffix)]
-                found += [Path(folder) / f for f in files if f.lower().endswith(SUFFIXES)]
-            for kind, names in left_out.items():
-                if names and os.environ.get("RANK", "0") == "0":                  # one process tells
-                    report(f"{root}: {len(names)} {kind} left out, first {', '.join(names[:3])}")
-            if not found:
-                raise UserError(f"{root}: no images here; give a folder with any of {' '.join(SUFFIXES)}")
-            self.ids += [str(file.relative_to(base).with_suffix("")) for file in found]
-            self.images += found
+    def summary(self):
+        with ThreadPoolExecutor() as pool:
+            notes = Counter(word for words in pool.map(surprises, self.images) for word in words)
+        notes_in_words = "".join(f"; {n} {word}" for word, n in notes.items())
+        return super().summary() + notes_in_words + self.what_is_left_out()
+
+
+def without_common_end(names):
+    """The names without what all of them end with, from its first _ or - on: a_RGB, b_RGB -> a, b."""
+    end = os.path.commonprefix([name[::-1] for name in names])[::-1]
+    start = re.search("[_-]|$", end).start()
+    return [name.removesuffix(end[start:]) for name in names]
+
+
+class Masks(Folder):
+    """Photographs of one's own with labels: those for which the folder `masks` has an index PNG.
+
+    A mask has the name of its photograph and lies in the same subfolder; or all photographs have one ending
+    and all masks another: a_RGB.tif, a_label.png. Line v + 1 of names.txt, in `masks`, names value v; 255 is
+    void.
+    """
+
+    def __init__(self, root, masks):
+        super().__init__(root)
+        self.names = read_class_names(Path(masks) / "names.txt")
+        self.things, self.n_values = len(self.names) - 1, len(self.names)
+        labels = Folder(masks)
+        names, label_names = self.ids, labels.ids
+        if not set(names) & set(label_names):
+            names, label_names = without_common_end(names), without_common_end(label_names)
+        label_of = dict(zip(label_names, labels.images))
+        pairs = [(i, image, label_of[name]) for i, image, name in zip(self.ids, self.images, names)
+                 if name in label_of]
+        if not pairs:
+            raise UserError(f"{masks}: no mask is named like a photograph (the first are {labels.ids[0]} and "
+                            f"{self.ids[0]}); give them the same names")
+        self.left_out["photographs without a mask"] = len(self.ids) - len(pairs)
+        self.left_out["masks without a photograph"] = len(set(label_names) - set(names))
+        self.ids, self.images, self.labels = map(list, zip(*pairs))
+
+
+def raise_unreadable(source):
+    """Raise one UserError that names all images and labels that cannot be read; for a run that met one."""
+    def error_of(i):
+        try:
+            source.squashed(i, 64)                        # small, for many at once
+            source.label(i)
+        except UserError as error:
+            return str(error)
+
+    with ThreadPoolExecutor() as pool:
+        errors = [error for error in pool.map(error_of, range(len(source))) if error]
+    if len(errors) == 1:
+        raise UserError(errors[0])
+    if errors:
+        files = [error.partition(": ")[0] for error in errors]
+        more = f" and {len(files) - 10} more" if len(files) > 10 else ""
+        raise UserError(f"{len(files)} files cannot be used: {', '.join(files[:10])}{more}; "
+                        f"what is wrong with each: {source.command} --check")
 
 
 # ----------------------------------------------------------------------------
@@ -679,6 +908,16 @@ def _draw_object(image, label, thing, cx, cy, radius):
     label[alpha > 0.5] = thing["category"] + 1
 
 
+def _free_place(rng, placed, radius):
+    """A place (x, y, radius) that hardly overlaps those in `placed`; None if 40 tries give none."""
+    for _ in range(40):
+        r = rng.uniform(*radius)
+        cx, cy = rng.uniform(0.2, 0.8, 2)
+        if all(math.hypot(cx - x, cy - y) > 0.8 * (r + other) for x, y, other in placed):
+            return cx, cy, r
+    return None
+
+
 def render(rng, objects, size, radius, tint=0.02, clutter=0.2):
     """Paint objects where they hardly overlap, on noise with small unlabelled clutter, under uneven light.
 
@@ -695,12 +934,10 @@ def render(rng, objects, size, radius, tint=0.02, clutter=0.2):
         _paint(image, np.clip(0.5 + inside * r * size, 0, 1), np.array(colour))
     placed = []                                           # (x, y, radius) of the objects so far
     for thing in objects:
-        for _ in range(40):                               # no room found: the scene has one object fewer
-            r, (cx, cy) = rng.uniform(*radius), rng.uniform(0.2, 0.8, 2)
-            if all(math.hypot(cx - a, cy - b) > 0.8 * (r + c) for a, b, c in placed):
-                placed.append((cx, cy, r))
-                _draw_object(image, label, thing, cx, cy, r)
-                break
+        place = _free_place(rng, placed, radius)
+        if place:                                         # else the scene has one object less
+            placed.append(place)
+            _draw_object(image, label, thing, *place)
     towards_light, _ = _axes(size, 0.5, 0.5, rng.uniform(0, 2 * math.pi))
     image *= rng.uniform(0.8, 1.15) + rng.uniform(0, 0.7) * towards_light[..., None]
     image += rng.normal(0, 0.02, image.shape)             # the sensor's noise
@@ -721,6 +958,9 @@ class Shapes(Dataset):
 
     def __init__(self, split="train", seed=0):
         self.ids = [(seed, int(split == "val"), i) for i in range(400 if split == "train" else 100)]
+
+    def summary(self):
+        return f"{len(self)} scenes rendered from seed {self.ids[0][0]}"
 
     def image(self, i):
         return shapes(self.ids[i])[0].copy()
@@ -766,13 +1006,10 @@ def main():
             cut, mask = augment(crop(x, draws, 128), draws), crop(y, draws, 128, "nearest")
             row += [(cut[0] * 255).byte().permute(1, 2, 0).numpy(), colour[mask[0, 0].byte().numpy()]]
         rows.append(np.concatenate(row, 1))
-    try:
-        Image.fromarray(np.concatenate(rows)).save("data.png")
-    except OSError as error:
-        sys.exit(report(error))
+    Image.fromarray(np.concatenate(rows)).save("data.png")
     print("wrote data.png: per row a scene, its label, and three training crops, recoloured, with theirs")
     print("classes:", ", ".join(f"{i} {n}" for i, n in enumerate(Shapes.names)))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

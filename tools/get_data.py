@@ -85,16 +85,16 @@ class Unserved(Exception):
     """An address that did not give the file; the message, one line, says why."""
 
 
-def transfer(url, part):
-    """Append to the file `part` what it lacks of the file at url, with a progress line on stderr.
+def transfer(url, partial):
+    """Append to the file `partial` what it lacks of the file at url, with a progress line on stderr.
 
-    Raises Unserved if the server does not give all of it, UserError if the disk is full. Either way `part`
+    Raises Unserved if the server does not give all of it, UserError if the disk is full. Either way `partial`
     keeps what came.
     """
-    have, terminal, shown = part.stat().st_size, sys.stderr.isatty(), time.monotonic()
+    have, terminal, shown = partial.stat().st_size, sys.stderr.isatty(), time.monotonic()
     try:
         request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-        with urllib.request.urlopen(request, timeout=60) as reply, open(part, "ab") as out:
+        with urllib.request.urlopen(request, timeout=60) as reply, open(partial, "ab") as out:
             if reply.headers.get_content_type() == "text/html":
                 raise Unserved("sent a web page, not the file")
             if have and reply.status != 206:              # this server starts from the beginning
@@ -107,20 +107,19 @@ def transfer(url, part):
                     have += len(chunk)
                     if time.monotonic() - shown > (0.2 if terminal else 30):      # in a log: now and then
                         shown = time.monotonic()
-                        print(f"{part.stem}: {have >> 20} of {total >> 20} MB",
+                        print(f"{partial.stem}: {have >> 20} of {total >> 20} MB",
                               end="\r" if terminal else "\n", file=sys.stderr, flush=True)
             finally:
                 if terminal:
                     print(file=sys.stderr)                # the moving line stays as it is now
     except urllib.error.HTTPError as error:
-        if error.code != 416:                             # 416: nothing is missing, or it is another's part
-            raise Unserved(" ".join(str(error).split())) from None
+        if error.code != 416:                             # 416: all of it is here, or another file
+            raise Unserved(data.one_line(error)) from None
     except (OSError, ValueError, http.client.HTTPException) as error:
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise data.UserError(f"{part}: {error.strerror}; what was fetched is kept, make room and run "
-                                 "the same command again") from None
-        reason = str(getattr(error, "reason", error)) or type(error).__name__
-        raise Unserved(" ".join(reason.split())) from None
+            raise data.UserError(f"{partial}: {error.strerror}; what was fetched is kept, free the disk and "
+                                 "run the same command again") from None
+        raise Unserved(data.one_line(getattr(error, "reason", error))) from None
     else:
         if have < total:
             raise Unserved(f"broke off after {have} of {total} bytes")
@@ -139,28 +138,28 @@ def fetch(archive, root, url=None):
     file = root / archive.name
     if file.exists():
         if archive.md5 and md5_of(file) != archive.md5:
-            raise data.UserError(f"{file}: its MD5 is not the published {archive.md5}; remove it, and run "
-                                 "the same command again")
+            raise data.UserError(f"{file}: its MD5 is not the published {archive.md5}; move it away, and "
+                                 "run the same command again")
         return file
     root.mkdir(parents=True, exist_ok=True)
-    part = root / f"{archive.name}.part"
-    part.touch()
+    partial = root / f"{archive.name}.part"
+    partial.touch()
     for address in (url,) if url else archive.urls:
         print(f"{archive.name}: from {address}", file=sys.stderr)
         try:
             while True:
-                resumed = part.stat().st_size > 0
-                transfer(address, part)
-                if md5_of(part) == archive.md5 if archive.md5 else zipfile.is_zipfile(part):
-                    os.replace(part, file)
+                resumed = partial.stat().st_size > 0
+                transfer(address, partial)
+                if md5_of(partial) == archive.md5 if archive.md5 else zipfile.is_zipfile(partial):
+                    os.replace(partial, file)
                     return file
-                os.truncate(part, 0)
+                os.truncate(partial, 0)
                 if not resumed:                           # else the earlier bytes may be the wrong ones
                     raise Unserved("sent another file than the published one; it was removed")
         except Unserved as error:
             print(f"{address}: {error}", file=sys.stderr)
-    if not part.stat().st_size:
-        part.unlink()
+    if not partial.stat().st_size:
+        partial.unlink()
     by_hand = f", or unpack it so that {root / archive.folder} exists" if archive.folder else ""
     raise data.UserError(f"{archive.name}: could not be downloaded; give another address with --url, put the "
                          f"file into {root} and run the same command again{by_hand}")
@@ -188,17 +187,10 @@ def unpack(file, folder):
         raise
     except Exception as error:                            # zlib, lzma, zipfile, tarfile each have their own
         if getattr(error, "errno", None):                 # of the disk, not of the archive
-            raise data.UserError(f"{file}: cannot unpack into {folder} ({error.strerror}); mend that, and "
-                                 "run the same command again") from None
-        raise data.UserError(f"{file}: cannot unpack ({' '.join(str(error).split())}); remove it, and run "
+            raise data.UserError(f"{file}: cannot unpack into {folder} ({error.strerror}); put that "
+                                 "right, and run the same command again") from None
+        raise data.UserError(f"{file}: cannot unpack ({data.one_line(error)}); move it away, and run "
                              "the same command again") from None
-
-
-def write(file, content):
-    """Write bytes so that the file is whole whenever it exists."""
-    part = file.with_suffix(".part")
-    part.write_bytes(content)
-    os.replace(part, file)
 
 
 def palette_png(mask):
@@ -219,13 +211,20 @@ def build_voc_aug(root, url=None):
     masks, listed = base / "SegmentationClassAug", base / "ImageSets" / "Segmentation" / "train_aug.txt"
     file = fetch(SBD, root, url)
     masks.mkdir(exist_ok=True)
-    mask_of = lambda name: masks / f"{name}.png"
+    data.remove_temporary(masks)
     ids, without = set(train.ids), set(val.ids)
+
+    def mask_of(name):
+        return masks / f"{name}.png"
+
+    def write_mask(name, content):
+        data.write_whole(mask_of(name), lambda f: f.write(content), sync=False)
+
     print(f"{file}: reading its masks into {masks}")
     try:
         for name, label in zip(train.ids, train.labels):
             if not mask_of(name).exists():
-                write(mask_of(name), label.read_bytes())
+                write_mask(name, label.read_bytes())
         with tarfile.open(file) as archive:
             for member in archive:                        # benchmark_RELEASE/dataset/cls/ID.mat, say
                 path = PurePosixPath(member.name)
@@ -235,19 +234,21 @@ def build_voc_aug(root, url=None):
                       and not mask_of(path.stem).exists()):
                     content = io.BytesIO(archive.extractfile(member).read())
                     mask = loadmat(content, simplify_cells=True)["GTcls"]["Segmentation"]
-                    write(mask_of(path.stem), palette_png(mask))
+                    write_mask(path.stem, palette_png(mask))
+    except data.UserError:
+        raise
     except Exception as error:                            # as in `unpack`; scipy adds its own
         if getattr(error, "errno", None):
-            raise data.UserError(f"{error.filename or masks}: {error.strerror}; mend that, and run the same "
-                                 "command again") from None
-        raise data.UserError(f"{file}: cannot read it ({' '.join(str(error).split())}); remove it, and run "
-                             "the same command again") from None
+            raise data.UserError(f"{error.filename or masks}: {error.strerror}; put that right, and run the "
+                                 "same command again") from None
+        raise data.UserError(f"{file}: cannot read it ({data.one_line(error)}); move it away, and run the "
+                             "same command again") from None
     ids = sorted(ids - without)
     missing = [name for name in ids if not mask_of(name).exists()]
     if missing:
         raise data.UserError(f"{file}: has masks of only {len(ids) - len(missing)} of {len(ids)} images, not "
-                             f"of {missing[0]}; remove it, and run the same command again")
-    write(listed, "".join(f"{name}\n" for name in ids).encode())
+                             f"of {missing[0]}; move it away, and run the same command again")
+    data.write_whole(listed, lambda f: f.write("".join(f"{name}\n" for name in ids).encode()))
     published = COUNTS["voc-aug"][0]
     print(f"{listed}: {len(ids)} images, " + (
         "as published" if len(ids) == published else f"not the published {published}: is VOC or SBD whole?"))
@@ -276,82 +277,118 @@ def download(name, root, url=None):
 # ----------------------------------------------------------------------------
 
 
+def lines_alone(label):
+    """The classes of label (H, W), void aside, that are nowhere 3 x 3 pixels large."""
+    inner = label[1:-1, 1:-1]
+    solid = np.ones(inner.shape, bool)
+    for y, x in np.ndindex(3, 3):
+        solid &= inner == label[y:y + inner.shape[0], x:x + inner.shape[1]]
+    return set(np.unique(label)) - set(np.unique(inner[solid])) - {data.VOID}
+
+
+def check_label(source, i, label):
+    """Raise a UserError if label i, which can be read, cannot be meant."""
+    file, classes, lines = source.labels[i], set(np.unique(label)) - {data.VOID}, lines_alone(label)
+    if not classes:
+        raise data.UserError(f"{file}: no labelled pixel, only void (255); leave it out")
+    if len(lines) > 1:
+        raise data.UserError(f"{file}: {len(lines)} of its {len(classes)} classes are but lines of one or "
+                             "two pixels, as interpolation and JPEG make them between others; get the "
+                             "original, and resize it by nearest")
+    with data.opened(source.images[i]) as image:
+        # by 180 degrees, say: the sizes are equal
+        if data.orientation(image) > 1 and not source.upright:
+            raise data.UserError(f"{source.images[i]}: its EXIF turns it, but it is used as it is stored; "
+                                 "see that its label lies on that, and remove its EXIF")
+
+
 def check(source):
-    """Every problem of a data set, one line each: missing, unreadable, mismatched files, useless labels."""
-    shown = set()                                         # classes that occur
+    """Read every file of a data set: (problems, pixels).
 
-    def labelled(i):
-        label = source.label(i)
-        shown.update(np.unique(label) if label is not None else ())
-        if label is not None and (label == data.VOID).all():
-            raise data.UserError(f"{source.labels[i]}: no labelled pixel, only void (255); leave it out")
-        if source.labels:
-            with data.opened(source.images[i]) as image:
-                if data.orientation(image) > 1:           # by 180 degrees, say: the sizes are equal
-                    raise data.UserError(f"{source.images[i]}: its EXIF turns it, but it is used as it is "
-                                         "stored; see that its label lies on that, and remove its EXIF")
-
+    problems   one line each: missing, unreadable, mismatched files, labels that cannot be meant
+    pixels     (256,) how many pixels the labels have of each class index
+    """
     def look(i):
-        found = []
-        for read in (lambda i: source.squashed(i, 64), labelled):                 # small, for many at once
-            try:
-                read(i)
-            except data.UserError as error:
-                found.append(str(error))
-        return dict.fromkeys(found)                       # once, though a broken image is met by both
+        problems, pixels = [], np.zeros(256, int)
+        try:
+            source.squashed(i, 64)                        # small, for many at once
+        except data.UserError as error:
+            problems.append(str(error))
+        try:
+            label = source.label(i)
+            if label is not None:
+                pixels = np.bincount(label.flatten(), minlength=256)
+            if source.labels:
+                check_label(source, i, label)
+        except data.UserError as error:
+            problems.append(str(error))
+        return dict.fromkeys(problems), pixels            # once, though a broken image is met by both
 
+    problems, total = [], np.zeros(256, int)
     with ThreadPoolExecutor() as pool:
-        problems = [problem for found in pool.map(look, range(len(source))) for problem in found]
-    if source.labels and source.background and shown <= {0, data.VOID} and not problems:
-        problems.append(f"{source.labels[0].parent}: no label shows a class, only background; choose the "
-                        "folder of classes")
-    return problems
+        for of_one, pixels in pool.map(look, range(len(source))):
+            problems += of_one
+            total += pixels
+    shown = [name for name, n in zip(source.names, total) if n]
+    if source.labels and len(source) > 1 and len(shown) < 2 and not problems:
+        problems.append(f"{source.labels[0].parent}: no label shows a class other than {shown[0]}; choose "
+                        "the folder of classes")
+    return problems, total
 
 
 def check_splits(name, root):
-    """Print what `check` finds in each split; returns the number of problems."""
+    """Print what each split has and what `check` says of it; returns the number of problems."""
     number = 0
     for split, published in zip(("train", "val"), COUNTS[name]) if name in COUNTS else [("all", None)]:
         source = data.dataset(name, root, split)
-        problems = check(source)
-        expected = f", {published} published" if published else ""
+        print(f"{name} {split}: {source.summary()}")
+        problems, pixels = check(source)
+        if pixels.any():
+            print(f"{name} {split}: {data.class_shares(pixels, source.names)}")
+        expected = f", {published} published" if published and source.colours is not None else ""
         print(f"{name} {split}: {len(source)} images{expected}, {len(problems)} problems")
         print("".join(f"  {problem}\n" for problem in problems), end="")
         number += len(problems)
     return number
 
 
-def main():
+def parse():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=__doc__.split("\n\n", 1)[1],
                                 usage=argparse.SUPPRESS, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("name", choices=data.NAMES, help="data set; shapes and folder can only be checked")
+    p.add_argument("name", nargs="?", choices=data.NAMES,
+        help="data set; shapes and folder can only be checked")
     p.add_argument("--root", type=Path, default=Path("data"), metavar="FOLDER",
         help="folder of the data sets, or of the images of `folder` (default: data)")
     p.add_argument("--check", action="store_true",
-        help="read every file and name each that is missing, unreadable or does not fit; exit code 2 if any")
+        help="say what is there, read every file and name each that is missing, unreadable or does not fit; "
+             "exit code 2 if any")
     p.add_argument("--url", metavar="ADDRESS",
         help="another address for a file (http, https or file), when all of its own fail. It has to give the "
              "published file; of COCO's three files, the address says by its end which it is")
     args = p.parse_args()
+    if not args.name:
+        p.error(f"which data set? {', '.join(ARCHIVES)}, or with --check any of {', '.join(data.NAMES)}")
     if not args.check and args.name not in ARCHIVES:
         p.error(f"{args.name}: there is nothing to download; it can be checked, with --check")
     if args.check and args.url:
         p.error("--url is for downloads, not for --check")
     if args.root.is_file() and not args.check:
         p.error(f"--root {args.root}: is a file; give a folder")
-    sys.stdout.reconfigure(errors="backslashreplace")     # names of files need not be UTF-8
+    return args
+
+
+def main():
+    args = parse()
     try:
         if args.check:
-            sys.exit(2 if check_splits(args.name, args.root) else 0)
-        download(args.name, args.root, args.url)
-    except OSError as error:
-        sys.exit(data.report(error))
+            return 2 if check_splits(args.name, args.root) else 0
+        return download(args.name, args.root, args.url)
     except KeyboardInterrupt:
         print("\nget_data.py: stopped" + "; the same command goes on from here" * (not args.check),
               file=sys.stderr)
-        sys.exit(130)
+        return 130
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(data.exit_code(main))
