@@ -1,8 +1,9 @@
 """Hungarian-matched scores and masks of a trained checkpoint.
 
-    python eval.py runs/voc/best.pt                                # per-class IoU, mIoU, accuracy, assignment
-    python eval.py runs/voc/best.pt --native --par                 # at the images' own size, refined by PAR
-    python eval.py runs/voc/best.pt --predict photos --out masks   # NAME_mask.png, NAME_overlay.png of each
+    python eval.py runs/voc                                        # per-class IoU, mIoU, accuracy, assignment
+    python eval.py runs/voc --native --par                         # at the images' own size, refined by PAR
+    python eval.py runs/folder --masks masks_by_hand               # scores of a run on photographs of one's own
+    python eval.py runs/folder --predict photos --out masks        # NAME_mask.png, NAME_overlay.png of each
 
     confusion_matrix() -> hungarian() -> scores() -> checkpoint -> network -> masks -> the program
 
@@ -296,16 +297,24 @@ class Progress:
 
 
 def open_split(checkpoint, name=None, root=None, split="val", limit=None):
-    """A split of the data set called `name`, below `root`; by default those that the run was trained on."""
+    """A split of the data set called `name`, below `root`; by default those that the run was trained on.
+
+    Clusters of a folder are of no class yet, so that any data set can score them.
+    """
     trained = checkpoint["args"]
     source = data.dataset(name or trained["data"], root or trained["root"], split,
                           len(checkpoint["names"]) - 1, trained["seed"])          # of a folder, K
-    if limit:
-        source.limit(limit)
-    if len(source.names) != len(checkpoint["names"]):
+    if len(source.names) != len(checkpoint["names"]) and trained["data"] != "folder":
         raise UserError(f"this checkpoint has {len(checkpoint['names'])} classes, the data set "
                         f"{len(source.names)}; give the data set that it was trained on")
-    print(f"{split}: {source.summary()}", flush=True)
+    return limited(source, limit, split)
+
+
+def limited(source, limit, what):
+    """The first `limit` images of a data set, or all of it. Prints what is read."""
+    if limit:
+        source.limit(limit)
+    print(f"{what}: {source.summary()}", flush=True)
     return source
 
 
@@ -334,7 +343,7 @@ def score(network, checkpoint, source, native, par, flip):
     print("class                 cluster     IoU")
     for c, name in enumerate(source.names):
         iou = "absent" if np.isnan(result["iou"][c]) else f"{result['iou'][c]:6.2f}"
-        print(f"{name:20}  {cluster_of[c]:7}  {iou}")
+        print(f"{name:20}  {cluster_of.get(c, 'none'):>7}  {iou}")                # fewer clusters than classes
     print(f"mIoU {result['miou']:.2f}  accuracy {result['accuracy']:.2f}  "
           f"clusters in use {result['clusters']} of {k}")
     if "many_miou" in result:
@@ -407,6 +416,9 @@ def parse(argv=None):
     p.add_argument("checkpoint", help="last.pt or best.pt of a run, or its folder")
     p.add_argument("--data", choices=data.NAMES, help="data set to score on (default: the one trained on)")
     p.add_argument("--root", metavar="DIR", help="its folder (default: the one trained with)")
+    p.add_argument("--masks", metavar="DIR",
+        help="score on the photographs of --root for which this folder has an index PNG of the same name, with "
+             "the classes of its names.txt, a name a line")
     p.add_argument("--limit", type=int, metavar="N", help="the first N images (default: all)")
     p.add_argument("--native", action="store_true",
         help="the images' own size instead of squares (labels too)")
@@ -438,16 +450,18 @@ def main():
     par = (run_par(checkpoint) or PAR((1, 2, 4, 8))) if args.par else None
     if args.predict:
         check_outside(args.out, args.predict)
-        source = data.Folder(args.predict)
-        if args.limit:
-            source.limit(args.limit)
-        print(f"photographs: {source.summary()}", flush=True)
+        source = limited(data.Folder(args.predict), args.limit, "photographs")
         predict(network, checkpoint, source, Path(args.out), args.native, par, args.flip)
+        return
+    if args.masks:
+        photographs = data.Masks(args.root or checkpoint["args"]["root"], args.masks)
+        source = limited(photographs, args.limit, "photographs with masks")
     elif (args.data or checkpoint["args"]["data"]) == "folder":
-        raise UserError(f"{args.checkpoint}: a folder has no labels: nothing to score; use --predict")
+        raise UserError(f"{args.checkpoint}: a folder has no labels: nothing to score; use --predict, or give "
+                        f"masks with --masks")
     else:
         source = open_split(checkpoint, args.data, args.root, limit=args.limit)
-        score(network, checkpoint, source, args.native, par, args.flip)
+    score(network, checkpoint, source, args.native, par, args.flip)
 
 
 if __name__ == "__main__":

@@ -268,7 +268,11 @@ def cached(args, name, key, n, compute):
 def cached_squashed(args, name, source, read):
     """Cache of read(i, S), image or label of `source`, squashed: (n, S, S[, 3]) uint8."""
     def squashed(shard):
-        return np.stack(list(pool.map(lambda i: read(i, args.size), shard)))
+        try:
+            return np.stack(list(pool.map(lambda i: read(i, args.size), shard)))
+        except UserError:
+            data.raise_unreadable(source)                 # names all of them, not one a start
+            raise
 
     with ThreadPoolExecutor(args.workers) as pool:
         return cached(args, name, [identity(source), args.size], len(source), squashed)
