@@ -377,11 +377,11 @@ def photographs_by_name(source):
 
 def predict(network, checkpoint, source, out, native, par, flip):
     """--predict: of each photograph a palette PNG of class indices, an overlay, and the shares of classes."""
-    from tools.pictures import legend, outlined           # all that eval.py draws
-    names = checkpoint["names"]
+    from tools.pictures import class_colours, legend, outlined        # all that eval.py draws
+    names, colours = checkpoint["names"], class_colours(checkpoint)
     index = photographs_by_name(source)
     out.mkdir(parents=True, exist_ok=True)
-    legend(names).save(out / "legend.png")
+    legend(checkpoint).save(out / "legend.png")
     shares, unreadable = {}, 0
     progress = Progress("masks: photograph", len(index))
     for done, (name, i) in enumerate(index.items()):
@@ -395,11 +395,11 @@ def predict(network, checkpoint, source, out, native, par, flip):
         mask = segment_photograph(network, checkpoint, image, native, par, flip)                  # (H, W)
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         picture = Image.fromarray(mask).resize(data.upright_size(source.images[i]), Image.NEAREST)
-        picture.putpalette(data.palette().flatten().tolist())     # it holds indices, viewers show colours
+        picture.putpalette(colours.flatten().tolist())    # it holds indices, viewers show colours
         picture.save(out / f"{name}_mask.png")
         shown = np.where(mask > 0, mask, data.VOID).astype(np.uint8) if checkpoint["background"] else mask
         # by default Pillow takes longer to compress a photograph than all else here takes
-        outlined(image, shown, names).save(out / f"{name}_overlay.png", compress_level=1)
+        outlined(image, shown, colours, names).save(out / f"{name}_overlay.png", compress_level=1)
         counts = np.bincount(mask.flatten(), minlength=len(names)) / mask.size
         shares[name] = {names[c]: round(float(counts[c]), 4) for c in np.flatnonzero(counts)}
     progress(len(index))

@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data                                               # noqa: E402
 from eval import check_outside, open_run, open_split, restore, segment_photograph     # noqa: E402
-from tools.pictures import TILE, cluster_sheet, grey, page, stages                    # noqa: E402
+from tools.pictures import TILE, class_colours, cluster_sheet, grey, page, stages, write      # noqa: E402
 
 
 def explain(args):
@@ -47,19 +47,19 @@ def explain(args):
         del masks["teacher"]
     bottom = []
     for title, mask in masks.items():
-        colours = data.palette()[assignment[mask[0]]]
-        tile = Image.fromarray(colours).resize((TILE, TILE), Image.NEAREST)
-        ImageDraw.Draw(tile).text((4, 2), title, "white", stroke_width=1, stroke_fill="black")
+        coloured = class_colours(checkpoint)[assignment[mask[0]]]
+        tile = Image.fromarray(coloured).resize((TILE, TILE), Image.NEAREST)
+        write(ImageDraw.Draw(tile), (4, 2), title, "white", stroke_width=1, stroke_fill="black")
         bottom.append(np.array(tile))
     titles = ["image", "attention"] + [f"CAM: {names[assignment[k + first]]}" for k in largest]
-    save(page([top, bottom], titles, names), Path(args.out) / f"{Path(args.photo).stem}_explain.png")
+    save(page([top, bottom], titles, checkpoint), Path(args.out) / f"{Path(args.photo).stem}_explain.png")
 
 
 def compare(args):
     """compare.png: the same images by several runs side by side (Figs. 3 and 4)."""
     check_outside(args.out, args.predict or ())
     checkpoints = [open_run(run) for run in args.runs]
-    names = checkpoints[0]["names"]
+    names, colours = checkpoints[0]["names"], class_colours(checkpoints[0])
     for run, checkpoint in zip(args.runs, checkpoints):
         if checkpoint["names"] != names:
             raise data.UserError(f"{run}: has other classes than {args.runs[0]}; compare runs on one data "
@@ -75,9 +75,9 @@ def compare(args):
         if label is not None:
             masks.append(label)
         rows.append([data.squash(image, TILE)]
-                    + [data.palette()[data.squash(mask, TILE, "nearest")] for mask in masks])
+                    + [colours[data.squash(mask, TILE, "nearest")] for mask in masks])
     titles = ["image", *(run if len(run) < 25 else f"..{run[-22:]}" for run in args.runs), "truth"]
-    save(page(rows, titles[:len(rows[0])], names), Path(args.out) / "compare.png")
+    save(page(rows, titles[:len(rows[0])], checkpoints[0]), Path(args.out) / "compare.png")
 
 
 def clusters(args):
