@@ -240,7 +240,7 @@ def write_whole(file, save, sync=True):
 
 
 def remove_temporary(folder, age=600):
-    """Remove what killed processes left in a folder: temporary files that nobody has touched for `age` seconds.
+    """Remove what killed processes left in a folder: temporary files that are older than `age` seconds.
 
     Younger ones may be those of a process that is writing there now.
     """

@@ -2,7 +2,7 @@
 
     python eval.py runs/voc                                        # per-class IoU, mIoU, accuracy, assignment
     python eval.py runs/voc --native --par                         # at the images' own size, refined by PAR
-    python eval.py runs/folder --masks masks_by_hand               # scores of a run on photographs of one's own
+    python eval.py runs/folder --masks masks_by_hand               # scores on photographs of one's own
     python eval.py runs/folder --predict photos --out masks        # NAME_mask.png, NAME_overlay.png of each
 
     confusion_matrix() -> hungarian() -> scores() -> checkpoint -> network -> masks -> the program
@@ -10,7 +10,8 @@
 Clusters have no names. An assignment of clusters to classes, one to one, is found on the labelled split so
 that most pixels are right (Hungarian matching), and only then is anything scored. This is TransFGU's protocol
 (decision 20, which is row 20 of docs/decisions.md). A cluster here is a channel of the prediction, be it the
-background's. A run on a folder has no labels: there clusters are classes, and a user names them in names.txt.
+background's, so that there are K clusters of k-means and one. A run on a folder has no labels: there
+clusters are classes, and a user names them in names.txt.
 """
 
 import argparse
@@ -62,8 +63,8 @@ def confusion_matrix(label, prediction, n, k=None):
 def hungarian(confusion):
     """For every predicted cluster its class: (k,) int64, one to one, so that most pixels are right.
 
-    confusion (n, k) [truth, prediction], k >= n. All classes take part, the background included. The k - n
-    clusters that are left over have -1.
+    confusion (n, k) [truth, prediction]. All classes take part, the background included. Clusters that are
+    left over, where k > n, have -1; where k < n, some classes have no cluster.
     """
     confusion = np.asarray(confusion)
     truth, cluster = linear_sum_assignment(confusion, maximize=True)
@@ -89,8 +90,9 @@ def miou_and_accuracy(confusion, assignment):
 def scores(confusion):
     """Scores after Hungarian matching, percent, of a confusion matrix (n, k).
 
-    returns  {"miou", "accuracy", "iou": (n,), "assignment": (k,), "clusters": in use, "entropy": of the
-             predicted shares, 0 when everything is one cluster, 1 when all are equally frequent}
+    returns  {"miou", "accuracy", "iou": (n,), "one_to_one": (k,) of `hungarian`, "assignment": (k,),
+             "clusters": in use, "entropy": of the predicted shares, 0 when everything is one cluster, 1 when
+             all are equally frequent}
     raises   UserError if no pixel has a label, or if all labels are of one class
 
     IoU = TP / (TP + FP + FN). The mean leaves out classes that are neither in truth nor in the prediction
@@ -112,7 +114,7 @@ def scores(confusion):
     share = confusion.sum(0) / confusion.sum()            # (k,) of each cluster in the prediction
     used = share[share > 0]
     entropy = -(used * np.log(used)).sum() / np.log(len(share))
-    result = {"miou": miou, "iou": iou, "accuracy": accuracy,
+    result = {"miou": miou, "iou": iou, "accuracy": accuracy, "one_to_one": one_to_one,
               "assignment": np.where(one_to_one < 0, many_to_one, one_to_one),
               "clusters": len(used), "entropy": float(entropy + 0.0)}             # no -0.0
     if len(share) > len(confusion):
@@ -173,7 +175,7 @@ def with_names(checkpoint, file):
     return checkpoint | {"names": names, "assignment": [names.index(name) for name in names]}
 
 
-def available(device):
+def choose_device(device):
     """"cuda" or "cpu", whichever --device asks for; "auto": the GPU if there is one. Raises UserError."""
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine shows no GPU to torch; use --device cpu")
@@ -183,7 +185,7 @@ def available(device):
 
 
 def restore(checkpoint, device="auto"):
-    """The network of a checkpoint, in eval mode; device as in `available`."""
+    """The network of a checkpoint, in eval mode; device as for `choose_device`."""
     args = checkpoint["args"]                             # the options that the run was given, plain values
     vit = VisionTransformer(**BACKBONES[args["backbone"]][0])
     network = DMSA(vit, len(checkpoint["assignment"]), args["aspp"] != "none", aspp_scale=args["aspp_scale"])
@@ -194,7 +196,7 @@ def restore(checkpoint, device="auto"):
     except (RuntimeError, TypeError, WeightsError):       # other tensors, or none
         raise UserError("the tensors of this checkpoint do not fit its own options; use another") from None
     torch.backends.cudnn.allow_tf32 = False               # full fp32 on GPUs too, as in training
-    return network.to(available(device)).eval()
+    return network.to(choose_device(device)).eval()
 
 
 def run_par(checkpoint):
@@ -229,11 +231,11 @@ def segment(network, rates, image, mask_size, par=None, flip=False):
     return mask_logits(network, rates, image, mask_size, par, flip).argmax(1).byte()
 
 
-def groups(n, rank=0, world=1):
-    """This process's share of 0..n-1, in groups that do not depend on the number of processes."""
+def groups(n, rank=0, world=1, size=GROUP):
+    """This process's share of 0..n-1, as slices of `size` images, whatever the number of processes is."""
     # sliced, not padded to equal shares as DistributedSampler does: no image counts twice
-    starts = range(0, n, GROUP)[rank::world]
-    return [slice(start, min(start + GROUP, n)) for start in starts]
+    starts = range(0, n, size)[rank::world]
+    return [slice(start, min(start + size, n)) for start in starts]
 
 
 def at_most(shape, unit=1):
@@ -299,11 +301,12 @@ class Progress:
 def open_split(checkpoint, name=None, root=None, split="val", limit=None):
     """A split of the data set called `name`, below `root`; by default those that the run was trained on.
 
-    Clusters of a folder are of no class yet, so that any data set can score them.
+    A run on a folder has no classes of its own, so that any data set may score it.
     """
     trained = checkpoint["args"]
-    source = data.dataset(name or trained["data"], root or trained["root"], split,
-                          len(checkpoint["names"]) - 1, trained["seed"])          # of a folder, K
+    K, cache = len(checkpoint["names"]) - 1, Path(trained["out"]).parent / "cache"
+    source = data.dataset(name or trained["data"], root or trained["root"], split, K, trained["seed"],
+                          cache if cache.is_dir() else None)
     if len(source.names) != len(checkpoint["names"]) and trained["data"] != "folder":
         raise UserError(f"this checkpoint has {len(checkpoint['names'])} classes, the data set "
                         f"{len(source.names)}; give the data set that it was trained on")
@@ -318,14 +321,14 @@ def limited(source, limit, what):
     return source
 
 
-def score(network, checkpoint, source, native, par, flip):
+def print_scores(network, checkpoint, source, native, par, flip):
     """Print the table of classes and the scores of a labelled data set."""
     n, k, rates = len(source.names), len(checkpoint["assignment"]), checkpoint["rates"]
     size = checkpoint["args"]["size"]
     confusion = torch.zeros(n, k, dtype=torch.int64)
     progress = Progress("scored: image", len(source))
     pixels = np.zeros(256, np.int64)                      # of each label value
-    for group in [slice(i, i + 1) for i in range(len(source))] if native else groups(len(source)):
+    for group in groups(len(source), size=1 if native else GROUP):
         indices = range(group.start, group.stop)
         if native:                                        # one by one, each at its own size
             images = whole_patches(source.image(group.start), network.vit.patch_size)[None]
@@ -339,11 +342,11 @@ def score(network, checkpoint, source, native, par, flip):
         progress(group.stop)
     print(data.class_shares(pixels, source.names))
     result = scores(confusion)
-    cluster_of = {int(c): cluster for cluster, c in enumerate(hungarian(confusion))}      # class -> cluster
+    cluster_of = {int(c): cluster for cluster, c in enumerate(result["one_to_one"])}      # class -> cluster
     print("class                 cluster     IoU")
     for c, name in enumerate(source.names):
         iou = "absent" if np.isnan(result["iou"][c]) else f"{result['iou'][c]:6.2f}"
-        print(f"{name:20}  {cluster_of.get(c, 'none'):>7}  {iou}")                # fewer clusters than classes
+        print(f"{name:20}  {cluster_of.get(c, 'none'):>7}  {iou}")        # none: fewer clusters than classes
     print(f"mIoU {result['miou']:.2f}  accuracy {result['accuracy']:.2f}  "
           f"clusters in use {result['clusters']} of {k}")
     if "many_miou" in result:
@@ -417,8 +420,8 @@ def parse(argv=None):
     p.add_argument("--data", choices=data.NAMES, help="data set to score on (default: the one trained on)")
     p.add_argument("--root", metavar="DIR", help="its folder (default: the one trained with)")
     p.add_argument("--masks", metavar="DIR",
-        help="score on the photographs of --root for which this folder has an index PNG of the same name, with "
-             "the classes of its names.txt, a name a line")
+        help="score on the photographs of --root for which this folder has an index PNG of the same name, "
+             "with the classes of its names.txt, a name a line")
     p.add_argument("--limit", type=int, metavar="N", help="the first N images (default: all)")
     p.add_argument("--native", action="store_true",
         help="the images' own size instead of squares (labels too)")
@@ -457,11 +460,11 @@ def main():
         photographs = data.Masks(args.root or checkpoint["args"]["root"], args.masks)
         source = limited(photographs, args.limit, "photographs with masks")
     elif (args.data or checkpoint["args"]["data"]) == "folder":
-        raise UserError(f"{args.checkpoint}: a folder has no labels: nothing to score; use --predict, or give "
-                        f"masks with --masks")
+        raise UserError(f"{args.checkpoint}: a folder has no labels: nothing to score; use --predict, or "
+                        f"give masks with --masks")
     else:
         source = open_split(checkpoint, args.data, args.root, limit=args.limit)
-    score(network, checkpoint, source, args.native, par, args.flip)
+    print_scores(network, checkpoint, source, args.native, par, args.flip)
 
 
 if __name__ == "__main__":

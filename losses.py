@@ -3,7 +3,7 @@
     L_all = lambda_1 L_seg + lambda_2 L_CE + lambda_3 L_un + lambda_4 L_cls
 
     min_max(), with_background(), fuse() -> pseudo_masks(), confident_patches() (Fig. 2)
-    a map of each pixel, and mean_over() of it -> the four losses -> dmsa_losses() (Eq. 6)
+    maps of pixels, mean_over() them -> dmsa_losses() (Eq. 6); then each loss by itself, for other projects
 
 Plain functions of logits (B, N, H, W), labels (B, H, W) and class embeddings (B, N, D). N counts every class,
 the background included where there is one (channel 0). Needs torch only: copy this file anywhere.
@@ -19,8 +19,8 @@ import torch.nn.functional as F
 THRESHOLD = 0.1                                           # of the background channel, TransFGU's
 VOID = 255                                                # label of pixels that do not count
 
-# alpha(t), the weight of L_CE's second term, t = 0 .. 7 epochs after the teacher began to take part, or with
-# TransFGU's scheme after it was last replaced; from then on the last one
+# alpha(t), the weight of L_CE's second term t = 0 .. 7 epochs after the teacher began to take part (TransFGU:
+# after it was last replaced); from then on the last one
 ALPHA = (0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.09, 0.1)
 
 
@@ -64,8 +64,8 @@ def pseudo_masks(cam, teacher_logits, teacher_weight, background=True, threshold
     cam             (B, K, h, w)  in [0, 1], of `min_max`; decision 23 says over which image
     teacher_logits  (B, N, h, w), or None before the teacher takes part: CAM alone
     background      whether class 0 is background, N = K + 1; else N = K
-    hard            CAM alone becomes 1 for the class of each patch and 0 for the others (decision 31): its
-                    background is at most `threshold` where its classes reach 1, and PAR compares them
+    hard            CAM alone becomes 1 for the class of each patch and 0 for the others (decision 31): a
+                    background of at most 0.1 would lose against classes of up to 1 when PAR averages both
     returns         (B, N, h, w)
     """
     masks = with_background(cam, threshold) if background else cam                # (B, N, h, w)
@@ -118,11 +118,20 @@ def cross_entropy(logits, label):
     return F.cross_entropy(full(logits), label.long(), ignore_index=VOID, reduction="none")
 
 
-def permuted_cross_entropy(logits, label, permutation):
-    """CE of each pixel with the class that `permutation` (N,) puts in the place of its own; void 0."""
+def contrast(ce_map, logits, label, permutation, alpha):
+    """L_CE of each pixel: CE(logits, label) - alpha * CE(logits, permutation[label]), (B, H, W); void 0.
+
+    The second term is TransFGU's and not in the paper (decision 12): a random permutation of the classes, one
+    for a batch, mostly gives a class another, and a pixel is rewarded for being unlike the one that stands
+    for its own. Before the teacher takes part `permutation` is None, and there is no second term.
+
+    ce_map  (B, H, W)  CE(logits, label): `cross_entropy`
+    """
+    if permutation is None:
+        return ce_map
     void = label == VOID
-    other_class = permutation[label.long().masked_fill(void, 0)]                  # (B, H, W)
-    return cross_entropy(logits, other_class.masked_fill(void, VOID))
+    other_class = permutation[label.long().masked_fill(void, 0)].masked_fill(void, VOID)          # (B, H, W)
+    return ce_map - alpha * cross_entropy(logits, other_class)
 
 
 def doubt(logits):
@@ -148,7 +157,7 @@ def similarity(class_embeddings):
     B, N, _ = class_embeddings.shape
     if N < 2:
         raise ValueError(f"class embeddings {tuple(class_embeddings.shape)}: at least two classes expected")
-    # the decoder's have unit length; others get it here, with no gradient through the lengths
+    # the decoder's have unit length; others get it here, and the gradient leaves their lengths alone
     c = full(class_embeddings)
     unit = c / c.norm(dim=2, keepdim=True).detach()                               # (B, N, D)
     cosine = unit @ unit.transpose(1, 2)                                          # (B, N, N)
@@ -157,61 +166,7 @@ def similarity(class_embeddings):
 
 
 # ----------------------------------------------------------------------------
-# The four losses of Eq. 6, one by one
-
-
-def cross_entropy_loss(logits, label, permutation=None, alpha=0.0):
-    """L_CE of Eq. 6: CE(logits, label) - alpha * CE(logits, permutation[label]), mean over pixels.
-
-    The second term is TransFGU's and not in the paper (decision 12): a random permutation, one for a batch,
-    mostly gives a class another, and a pixel is rewarded for being unlike the one that stands for its own.
-
-    logits       (B, N, H, W)
-    label        (B, H, W)     integers in 0..N-1; pixels of value 255 do not count
-    permutation  (N,)          int64; a class that stays in its place has the loss (1 - alpha) CE. None before
-                               the teacher takes part: no second term
-    alpha        weight of the second term (`permutation_weight`)
-    returns      ()            negative where the other class is far less likely than the label
-    """
-    loss = cross_entropy(logits, label)                   # (B, H, W)
-    if permutation is not None:
-        loss = loss - alpha * permuted_cross_entropy(logits, label, permutation)
-    return mean_over(loss, label != VOID)
-
-
-def segmentation_loss(logits, label, foreground=None):
-    """L_seg of Eq. 6: the mean CE over background and over foreground, of which each counts one half (AFA).
-
-    logits      (B, N, H, W)
-    label       (B, H, W)     integers in 0..N-1; pixels of value 255 do not count
-    foreground  (B, H, W)     bool; default label != 0. Where there is stuff: the things (decision 13)
-    returns     ()            a half without a pixel counts 0 (AFA's is NaN)
-    """
-    foreground = label != 0 if foreground is None else foreground
-    return balanced_mean(cross_entropy(logits, label), label, foreground)
-
-
-def uncertainty_loss(logits, confident):
-    """L_un of Eq. 6: 1 - (p_1 - p_2), one minus the best two's gap, mean over confident pixels (TransFGU).
-
-    logits     (B, K, H, W)  of the classes that compete, K >= 2: without the background channel
-    confident  (B, H, W)     bool, pixels that count: `confident_patches`, enlarged
-    returns    ()            in [0, 1]; 0, not NaN, without any such pixel
-    """
-    return mean_over(doubt(logits), confident)
-
-
-def class_loss(class_embeddings):
-    """L_cls of Eq. 6: mean over pairs i < j of 1 + cos(c_i, c_j), and over images (TransFGU).
-
-    class_embeddings  (B, N, D)  of the decoder, N >= 2
-    returns           ()         in [0, 2]; 2 when all classes are the same: collapse
-    """
-    return similarity(class_embeddings).mean()
-
-
-# ----------------------------------------------------------------------------
-# Their sum, for a micro-batch
+# Eq. 6, for a micro-batch
 
 
 def foreground_of(label, is_thing):
@@ -248,19 +203,66 @@ def dmsa_losses(logits, class_embeddings, label, confident, counts, is_thing, la
     background        channel 0 is background, and does not compete in L_un
     permutation, alpha              as for `cross_entropy_loss`
     """
-    n_images, n_background, n_foreground, n_confident = counts
-    of_label = cross_entropy(logits, label)               # (B, H, W), for L_seg and L_CE
-    contrast = of_label
-    if permutation is not None:
-        contrast = of_label - alpha * permuted_cross_entropy(logits, label, permutation)
-    competing = logits[:, 1:] if background else logits
-    seg = balanced_mean(of_label, label, foreground_of(label, is_thing), n_background, n_foreground)
-    ce = mean_over(contrast, label != VOID, n_background + n_foreground)
-    un = mean_over(doubt(competing), confident, n_confident)
+    n_images, n_background, n_foreground, n_confident = counts                    # as `pixel_counts` has them
+    foreground = foreground_of(label, is_thing)                                   # (B, H, W)
+    ce_map = cross_entropy(logits, label)                 # (B, H, W), of which L_seg and L_CE are means
+    seg = balanced_mean(ce_map, label, foreground, n_background, n_foreground)
+    ce = mean_over(contrast(ce_map, logits, label, permutation, alpha), label != VOID,
+                   n_background + n_foreground)
+    un = mean_over(doubt(logits[:, 1:] if background else logits), confident, n_confident)
     cls = similarity(class_embeddings).sum() / n_images
     lambda_1, lambda_2, lambda_3, lambda_4 = lambdas
     total = lambda_1 * seg + lambda_2 * ce + lambda_3 * un + lambda_4 * cls       # Eq. 6
     return {"seg": seg, "ce": ce, "un": un, "cls": cls, "all": total}
+
+
+# ----------------------------------------------------------------------------
+# The same losses one by one, for a project that needs one of them. Training does not call these.
+
+
+def cross_entropy_loss(logits, label, permutation=None, alpha=0.0):
+    """L_CE of Eq. 6: the mean over pixels of CE(logits, label) - alpha * CE(logits, permutation[label]).
+
+    logits       (B, N, H, W)
+    label        (B, H, W)     integers in 0..N-1; pixels of value 255 do not count
+    permutation  (N,)          int64; a class that stays in its place has the loss (1 - alpha) CE. None before
+                               the teacher takes part: no second term
+    alpha        weight of the second term (`permutation_weight`)
+    returns      ()            negative where the other class is far less likely than the label
+    """
+    ce_map = cross_entropy(logits, label)                 # (B, H, W)
+    return mean_over(contrast(ce_map, logits, label, permutation, alpha), label != VOID)
+
+
+def segmentation_loss(logits, label, foreground=None):
+    """L_seg of Eq. 6: the mean CE over background and over foreground, of which each counts one half (AFA).
+
+    logits      (B, N, H, W)
+    label       (B, H, W)     integers in 0..N-1; pixels of value 255 do not count
+    foreground  (B, H, W)     bool; default label != 0. Where there is stuff: the things (decision 13)
+    returns     ()            a half without a pixel counts 0 (AFA's is NaN)
+    """
+    foreground = label != 0 if foreground is None else foreground
+    return balanced_mean(cross_entropy(logits, label), label, foreground)
+
+
+def uncertainty_loss(logits, confident):
+    """L_un of Eq. 6: 1 - (p_1 - p_2), one minus the best two's gap, mean over confident pixels (TransFGU).
+
+    logits     (B, K, H, W)  of the classes that compete, K >= 2: without the background channel
+    confident  (B, H, W)     bool, pixels that count: `confident_patches`, enlarged
+    returns    ()            in [0, 1]; 0, not NaN, without any such pixel
+    """
+    return mean_over(doubt(logits), confident)
+
+
+def class_loss(class_embeddings):
+    """L_cls of Eq. 6: mean over pairs i < j of 1 + cos(c_i, c_j), and over images (TransFGU).
+
+    class_embeddings  (B, N, D)  of the decoder, N >= 2
+    returns           ()         in [0, 2]; 2 when all classes are the same: collapse
+    """
+    return similarity(class_embeddings).mean()
 
 
 # ----------------------------------------------------------------------------

@@ -43,7 +43,7 @@ import cam
 import data
 from aspp import DEEPLAB_RATES, dilation_rates
 from data import UserError, write_whole
-from eval import (Progress, available, check_outside, confusion_matrix, groups, load_checkpoint, scores,
+from eval import (Progress, choose_device, check_outside, confusion_matrix, groups, load_checkpoint, scores,
                   with_names)
 from losses import (confident_patches, dmsa_losses, min_max, permutation_weight, pixel_counts, pseudo_masks,
                     with_background)
@@ -60,7 +60,7 @@ if dist.is_torchelastic_launched():
 # Options, with VOC's values. What the other data sets change stands in one place, BY_DATA_SET.
 
 BY_DATA_SET = {
-    "shapes": dict(backbone="tiny", size=192, crop=96, bank=128, window=96, repeat=1,     # decision 26
+    "shapes": dict(backbone="tiny", size=192, crop=96, large=128, window=96, repeat=1,     # decision 26
                    epochs=10, batch=8, lr=5e-4, momentum=0.97, teacher_start=4, par=[1, 2, 8, 16],
                    lambdas=[0.3, 1.0, 0.1, 1.0], jitter=[0.4, 0.4, 0.4, 0.05]),
     "voc": dict(),
@@ -86,7 +86,7 @@ def number(kind, least, most=math.inf):
     return convert
 
 
-positive, share, factor = number(int, 1), number(float, 0, 1), number(float, 0, 1e6)
+positive, zero_to_one, factor = number(int, 1), number(float, 0, 1), number(float, 0, 1e6)
 
 
 def parse(argv=None, **settings):
@@ -124,7 +124,7 @@ def parse(argv=None, **settings):
              "another value crops have half of it, the images that windows are cut from twice it, and "
              "windows just it. Smaller is faster and worse")
     p.set_defaults(crop=160,                              # pixels: side of training crops,
-                   bank=640,                              # of the images that windows are cut from,
+                   large=640,                             # of the images that windows are cut from,
                    window=320,                            # that windows are resized to for the ViT
                    scales=cam.THING_SCALES)               # sides of the windows, as shares of the image
 
@@ -136,7 +136,7 @@ def parse(argv=None, **settings):
     p.add_argument("--par", type=number(int, 1, 1024), nargs="*", default=[1, 2, 4, 8], metavar="PIXELS",
         help="dilations of PAR; AFA's are 1 2 4 8 12 24. With no number there is no PAR: pseudo labels are "
              "only enlarged (%(default)s; decision 8)")
-    p.add_argument("--threshold", type=share, default=0.1, metavar="T",
+    p.add_argument("--threshold", type=zero_to_one, default=0.1, metavar="T",
         help="where all CAMs are below half of it is background (%(default)s)")
     p.add_argument("--coarse", choices=("hard", "soft"), default="hard",
         help="what PAR gets while CAM is alone: hard: 1 for the class of a patch and 0 for others; soft: CAM "
@@ -145,9 +145,9 @@ def parse(argv=None, **settings):
         help="ema: moving average of the student; none: CAM alone (%(default)s)")
     p.add_argument("--teacher-start", type=number(int, 0), default=5, metavar="EPOCHS",
         help="epochs of CAM alone before the teacher takes part (%(default)s)")
-    p.add_argument("--teacher-weight", type=share, default=0.7, metavar="X",
+    p.add_argument("--teacher-weight", type=zero_to_one, default=0.7, metavar="X",
         help="share of the teacher in the pseudo label (%(default)s; decision 11)")
-    p.add_argument("--momentum", type=share, default=0.99, metavar="M",
+    p.add_argument("--momentum", type=zero_to_one, default=0.99, metavar="M",
         help="of the moving average (%(default)s; decision 17)")
     p.add_argument("--lambdas", type=factor, nargs=4, default=[0.3, 1.0, 0.3, 1.0],
         metavar=("SEG", "CE", "UN", "CLS"), help="weights of Eq. 6 (%(default)s; decision 16)")
@@ -159,9 +159,10 @@ def parse(argv=None, **settings):
     p.set_defaults(repeat=20)
     p.add_argument("--batch", type=positive, default=512, metavar="IMAGES",
         help="global batch, over all processes (%(default)s)")
-    p.add_argument("--lr", type=share, default=1e-4, metavar="X",
+    p.add_argument("--lr", type=zero_to_one, default=1e-4, metavar="X",
         help="learning rate of Adam, constant (%(default)s)")
-    p.add_argument("--jitter", type=share, nargs=4, default=list(data.JITTER), metavar=("B", "C", "S", "H"),
+    p.add_argument("--jitter", type=zero_to_one, nargs=4, default=list(data.JITTER),
+        metavar=("B", "C", "S", "H"),
         help="largest change of brightness, contrast, saturation, and of hue in turns (%(default)s)")
 
     # the machine; these do not change the result, but for rounding
@@ -180,11 +181,8 @@ def parse(argv=None, **settings):
     args = p.parse_args(argv)
     del args.local_rank
     args.out = args.out or os.path.join("runs", args.data)
-    patch, own_size = BACKBONES[args.backbone][0]["patch_size"], p.get_default("size")
-    if args.size == own_size:                             # half of it has to be whole patches
-        args.size = math.ceil(own_size / (2 * patch)) * 2 * patch
-    if args.size != own_size:
-        args.crop, args.bank, args.window = args.size // 2, 2 * args.size, args.size
+    patch = BACKBONES[args.backbone][0]["patch_size"]
+    set_sizes(args, p.get_default("size"), patch)
     if args.size % 2 or args.crop % patch or args.size < 4 * patch:
         p.error(f"--size {args.size}: half of it must be a multiple of {args.backbone}'s patch, {patch}, "
                 f"and at least {2 * patch}")
@@ -198,32 +196,53 @@ def parse(argv=None, **settings):
     return args
 
 
+def set_sizes(args, default, patch):
+    """Fit size, crop, large and window, all in pixels, to --size and to the ViT's patch.
+
+        voc's own:                    320, 160, 640, 320
+        with a patch of 14 pixels:    336, 168, 672, 336      half of the size has to be whole patches
+        --size 256:                   256, 128, 512, 256
+    """
+    typed = args.size != default
+    if not typed:
+        args.size = math.ceil(default / (2 * patch)) * 2 * patch
+    if args.size != default:
+        args.crop, args.large = args.size // 2, 2 * args.size
+    if typed or args.window % patch:
+        args.window = args.size
+
+
 # ----------------------------------------------------------------------------
-# Caches. A cache is a folder of arrays, the shards, each of the records of consecutive images. A shard that
-# is there is whole (`write_whole`), so that a killed run goes on at the next one.
+# Caches. A cache is a folder of files, the shards, each with what was computed from some consecutive images.
+# A shard that is there is whole (`write_whole`), so that a killed run goes on at the next one.
 
 SHARDS = 64                                               # of a cache at most: each keeps a file open
 VERSION = 1                                               # raise it when SHARDS or a computation changes
 
 
-class Cache:
-    """Records on disk, read like an array: len(cache), cache[i], cache[a:b].
+def cached_shards(args, name, key, n, compute):
+    """What compute(range of images) gives for the shards of n images: a list of arrays on disk.
 
-    files    the shards; bounds (len(files) + 1,): shard k has the records bounds[k] .. bounds[k + 1] - 1
+    Each process computes its share of the shards that are not there. key: all that they depend on; it names
+    the folder
     """
-
-    def __init__(self, files, bounds):
-        self.bounds = bounds
-        self.shards = [read_shard(file) for file in files]
-
-    def __len__(self):
-        return self.bounds[-1]
-
-    def __getitem__(self, i):
-        if isinstance(i, slice):
-            return np.stack([self[record] for record in range(*i.indices(len(self)))])
-        k = np.searchsorted(self.bounds, i, side="right") - 1
-        return self.shards[k][i - self.bounds[k]]
+    digest = hashlib.sha256(json.dumps([VERSION, key]).encode()).hexdigest()[:16]
+    folder = Path(args.out).parent / "cache" / f"{args.data}-{name}-{digest}"
+    bounds = np.linspace(0, n, min(n, SHARDS) + 1).round().astype(int)            # the same for any WORLD
+    files = [folder / f"{k:02}.npy" for k in range(len(bounds) - 1)]
+    missing = [k for k, file in enumerate(files) if k % WORLD == RANK and not file.exists()]
+    start, progress = time.time(), Progress(f"{name}: shard", len(missing))
+    for done, k in enumerate(missing, 1):
+        array = compute(range(bounds[k], bounds[k + 1]))
+        write_whole(files[k], lambda f: np.save(f, array), sync=False)            # a power cut costs a shard
+        if RANK == 0:
+            progress(done)
+    barrier()
+    if RANK == 0:
+        data.remove_temporary(folder)
+    if missing:
+        print0(f"{name}: {n} images, {time.time() - start:.0f} s")
+    return [read_shard(file) for file in files]
 
 
 def read_shard(file):
@@ -239,34 +258,25 @@ def read_shard(file):
         raise UserError(f"{file}: damaged; delete it, and the same command makes it again") from None
 
 
-def cached(args, name, key, n, compute):
-    """The Cache of n images' records; each process computes its share of the shards that are not there.
+class PerImage:
+    """Shards that have one entry for each image, read like one array: len(x), x[i], x[a:b]."""
 
-    key      all that the records depend on; it names the folder
-    compute  range of images -> array of their records: one each, or of windows any number each; then only the
-             `shards` of the Cache can be read
-    """
-    digest = hashlib.sha256(json.dumps([VERSION, key]).encode()).hexdigest()[:16]
-    folder = Path(args.out).parent / "cache" / f"{args.data}-{name}-{digest}"
-    bounds = np.linspace(0, n, min(n, SHARDS) + 1).round().astype(int)            # the same for any WORLD
-    files = [folder / f"{k:02}.npy" for k in range(len(bounds) - 1)]
-    missing = [k for k, file in enumerate(files) if k % WORLD == RANK and not file.exists()]
-    start, progress = time.time(), Progress(f"{name}: shard", len(missing))
-    for done, k in enumerate(missing, 1):
-        records = compute(range(bounds[k], bounds[k + 1]))
-        write_whole(files[k], lambda f: np.save(f, records), sync=False)          # a power cut costs a shard
-        if RANK == 0:
-            progress(done)
-    barrier()
-    if RANK == 0:
-        data.remove_temporary(folder)
-    if missing:
-        print0(f"{name}: {n} images, {time.time() - start:.0f} s")
-    return Cache(files, bounds)
+    def __init__(self, shards):
+        self.shards = shards
+        self.starts = np.cumsum([0, *map(len, shards)])   # shard k has images starts[k] .. starts[k + 1] - 1
+
+    def __len__(self):
+        return self.starts[-1]
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return np.stack([self[image] for image in range(*i.indices(len(self)))])
+        k = np.searchsorted(self.starts, i, side="right") - 1
+        return self.shards[k][i - self.starts[k]]
 
 
 def cached_squashed(args, name, source, read):
-    """Cache of read(i, S), image or label of `source`, squashed: (n, S, S[, 3]) uint8."""
+    """read(i, S), image or label of `source`, squashed: PerImage (n, S, S[, 3]) uint8."""
     def squashed(shard):
         try:
             return np.stack(list(pool.map(lambda i: read(i, args.size), shard)))
@@ -275,11 +285,11 @@ def cached_squashed(args, name, source, read):
             raise
 
     with ThreadPoolExecutor(args.workers) as pool:
-        return cached(args, name, [identity(source), args.size], len(source), squashed)
+        return PerImage(cached_shards(args, name, [identity(source), args.size], len(source), squashed))
 
 
-@lru_cache
-def identity(source):                                     # asked for once a cache: COCO has 240,000 files
+@lru_cache                                                # COCO has 240,000 files
+def identity(source):
     """What the files of a split are: [how many images, digest of their names and of all sizes in bytes]."""
     labels = [os.path.getsize(file) for file in source.labels if os.path.exists(file)]
     images = [os.path.getsize(file) for file in source.images]
@@ -291,13 +301,13 @@ def identity(source):                                     # asked for once a cac
 # Coarse labels (Fig. 2, left): windows -> k-means -> class activation maps, once before training
 
 BANK_IMAGES, BANK_WINDOWS = 10_000, 200_000               # for k-means, at most
-FOREGROUND, BACKGROUND = 0.0, 1.0                         # kinds of windows
+FOREGROUND, BACKGROUND = 0, 1                             # kinds of windows
 
 
 def window_bank(args, source, vit, digest, device):
-    """Windows of the training images -> CLS features, cached: a list of arrays (M, 1 + D), one a shard.
+    """Windows of the training images, cached: a list of arrays (M, 1 + D), a row for each window.
 
-    The first of a window's 1 + D numbers is its kind, FOREGROUND or BACKGROUND. digest: of the ViT's weights
+    A row is a window's kind, FOREGROUND or BACKGROUND, then its CLS feature. digest: of the ViT's weights
     """
     # evenly over the list, which may be sorted
     chosen = np.linspace(0, len(source) - 1, min(len(source), BANK_IMAGES)).round().astype(int)
@@ -305,15 +315,15 @@ def window_bank(args, source, vit, digest, device):
     def features(shard):
         rows = []
         for i in shard:
-            image = data.to_float(source.squashed(chosen[i], args.bank)[None], device)
-            of_kind = cam.window_features(vit, normalise(image), args.window, args.scales, source.stuff > 0)
-            for kind, cls in zip((FOREGROUND, BACKGROUND), of_kind):              # cls (M, D)
-                rows.append(torch.cat([torch.full((len(cls), 1), kind), cls.cpu().float()], dim=1))
+            image = data.to_float(source.squashed(chosen[i], args.large)[None], device)
+            fore, back = cam.window_features(vit, normalise(image), args.window, args.scales,
+                                             source.stuff > 0)                    # (M, D), (M', D)
+            rows += [F.pad(fore.cpu(), (1, 0), value=FOREGROUND), F.pad(back.cpu(), (1, 0), value=BACKGROUND)]
         return torch.cat(rows).half().numpy()
 
     # not in the key: K and the seed, so that other numbers of clusters reuse the windows
-    key = [identity(source), digest, args.bank, args.window, args.scales, cam.COVER, cam.CLEAR, BANK_IMAGES]
-    return cached(args, "windows", key, len(chosen), features).shards
+    key = [identity(source), digest, args.large, args.window, args.scales, cam.COVER, cam.CLEAR, BANK_IMAGES]
+    return cached_shards(args, "windows", key, len(chosen), features)
 
 
 def cluster_windows(args, source, vit, digest, device):
@@ -326,28 +336,29 @@ def cluster_windows(args, source, vit, digest, device):
     centroids = torch.zeros(source.things + source.stuff, vit.embed_dim)
     if RANK == 0:
         bank = np.concatenate(shards)                                             # (M, 1 + D)
+        kinds, features = bank[:, 0], bank[:, 1:]
         rng = np.random.default_rng(args.seed)
-        things = clusters_of(bank[bank[:, 0] == FOREGROUND, 1:], source.things, args, rng)
-        stuff = clusters_of(bank[bank[:, 0] == BACKGROUND, 1:], source.stuff, args, rng)
+        things = k_means(features[kinds == FOREGROUND], source.things, args, rng)
+        stuff = k_means(features[kinds == BACKGROUND], source.stuff, args, rng)
         centroids += torch.cat([things, stuff])
     return all_reduce_sum(centroids)                      # the others' are zero: now all have the first one's
 
 
-def clusters_of(windows, k, args, rng):
-    """k-means of windows (M, D), of BANK_WINDOWS at most: (k, D). Raises UserError if they are too few."""
+def k_means(features, k, args, rng):
+    """Centroids (k, D) of features (M, D), of BANK_WINDOWS at most. Raises UserError if they are too few."""
     if k == 0:                                            # no stuff
-        return torch.zeros(0, windows.shape[1])
-    if len(windows) > BANK_WINDOWS:
-        windows = windows[np.sort(rng.choice(len(windows), BANK_WINDOWS, replace=False))]
-    print0(f"k-means: {len(windows)} windows, {k} clusters")
+        return torch.zeros(0, features.shape[1])
+    if len(features) > BANK_WINDOWS:
+        features = features[np.sort(rng.choice(len(features), BANK_WINDOWS, replace=False))]
+    print0(f"k-means: {len(features)} windows, {k} clusters")
     try:
-        return torch.from_numpy(cam.cluster(windows, k, args.seed))
+        return torch.from_numpy(cam.cluster(features, k, args.seed))
     except ValueError as error:                           # too few windows
         raise UserError(f"--data {args.data}: {error}") from None
 
 
 def cached_cams(args, split, source, images, vit, digest, centroids, device):
-    """Cache of class activation maps (n, K, h, w) float16, each image's scaled to 0..1 (decision 23)."""
+    """Class activation maps, each image's scaled to 0..1 (decision 23): PerImage (n, K, h, w) float16."""
     def maps(shard):
         scaled = []
         for start in range(shard.start, shard.stop, 16):  # 16 at once: COCO's shards have 1,800
@@ -359,7 +370,7 @@ def cached_cams(args, split, source, images, vit, digest, centroids, device):
     # the maps depend on the images, the weights and the centroids, not on how k-means came to them
     key = [identity(source), args.size, digest, hashlib.sha256(centroids.numpy().tobytes()).hexdigest(),
            cam.KEEP_MASS]
-    return cached(args, f"{split}-cams", key, len(source), maps)
+    return PerImage(cached_shards(args, f"{split}-cams", key, len(source), maps))
 
 
 # ----------------------------------------------------------------------------
@@ -434,7 +445,7 @@ class Trainer:
 
     def __init__(self, args, vit, source, inputs, device):
         self.args, self.source, self.inputs, self.device = args, source, inputs, device
-        N = n_clusters(source)
+        N = n_channels(source)
         torch.manual_seed(args.seed)                      # the same start on every process
         self.network = DMSA(vit, N, args.aspp != "none", aspp_scale=args.aspp_scale).to(device).train()
         self.params = list(self.network.student.parameters())
@@ -455,7 +466,7 @@ class Trainer:
         return DEEPLAB_RATES if self.args.aspp == "static" else dilation_rates(epoch)
 
     def teacher_age(self, epoch):
-        """Epochs since the teacher began to take part, from 0; None before that."""
+        """Epochs since the teacher began to take part, from 0; None while it takes no part."""
         age = epoch - self.args.teacher_start - 1         # epochs count from 1
         return age if self.args.teacher != "none" and age >= 0 else None
 
@@ -469,24 +480,28 @@ class Trainer:
         Returns a Target for each MicroBatch, and their pixel counts (4,), to be added up over all processes.
         """
         args, network, background = self.args, self.network, self.source.background
-        size, grid = (args.crop, args.crop), args.crop // network.vit.patch_size
+        H = args.crop                                     # pixels of a side of a crop,
+        h = H // network.vit.patch_size                   # and patches
         hard = args.coarse == "hard" and self.par is not None
         targets = []
         for batch in micro_batches:
             # PAR sees the crop before colour jitter, the network after it (decision 24)
-            image = data.crop(batch.image, batch.draws, args.crop)                # (b, 3, H, W) in 0..1
-            cams = data.crop(batch.cams, batch.draws, grid, "area")               # (b, K, h, w)
+            image = data.crop(batch.image, batch.draws, H)                        # (b, 3, H, H) in 0..1
+            cams = data.crop(batch.cams, batch.draws, h, "area")                  # (b, K, h, h)
             teacher_logits = None
             with self.low_precision():
-                features = network.features(normalise(data.augment(image, batch.draws)))  # (b, D, h, w) each
+                features = network.features(normalise(data.augment(image, batch.draws)))  # (b, D, h, h) each
                 if self.teacher_age(epoch) is not None:
                     logits, _ = network.decode(network.teacher, features, self.rates(epoch))
-                    teacher_logits = logits.float()                               # (b, N, h, w)
-            masks = pseudo_masks(cams, teacher_logits, args.teacher_weight, background, args.threshold, hard)
-            masks = self.par(image, masks) if self.par else enlarged(masks, size)         # (b, N, H, W)
-            confident = confident_patches(cams, background, args.threshold)       # (b, h, w)
-            confident = F.interpolate(confident[:, None].float(), size, mode="nearest")[:, 0].bool()
-            targets.append(Target(features, masks.argmax(1), confident))
+                    teacher_logits = logits.float()                               # (b, N, h, h)
+            fused = pseudo_masks(cams, teacher_logits, args.teacher_weight, background, args.threshold, hard)
+            if self.par is not None:
+                refined = self.par(image, fused)          # (b, N, H, H): PAR enlarges the masks by itself
+            else:
+                refined = enlarged(fused, (H, H))
+            confident = confident_patches(cams, background, args.threshold)       # (b, h, h)
+            confident = F.interpolate(confident[:, None].float(), (H, H), mode="nearest")[:, 0].bool()
+            targets.append(Target(features, refined.argmax(1), confident))
         return targets, sum(pixel_counts(t.label, t.confident, self.is_thing) for t in targets)
 
     def train_step(self, targets, counts, epoch, step):
@@ -499,14 +514,14 @@ class Trainer:
         raises   FloatingPointError, on all processes, if a loss or gradient is not finite; nothing has moved
         """
         args, network = self.args, self.network
-        permutation, alpha = None, 0.0
-        if self.teacher_age(epoch) is not None:           # one for the whole batch, the same on every process
+        permutation, alpha, age = None, 0.0, self.teacher_age(epoch)
+        if age is not None:                               # one for the whole batch, the same on every process
             rng = np.random.default_rng((args.seed, epoch, step))
             permutation = torch.tensor(rng.permutation(len(self.is_thing))).to(self.device, non_blocking=True)
-            alpha = permutation_weight(self.teacher_age(epoch))
+            alpha = permutation_weight(age)
 
         self.optimizer.zero_grad()
-        losses = []
+        of_micro_batches = []                             # (5,) each
         for target in targets:
             with self.low_precision():
                 logits, class_embeddings = network.decode(network.student, target.features, self.rates(epoch))
@@ -514,24 +529,24 @@ class Trainer:
             loss = dmsa_losses(logits, class_embeddings.float(), target.label, target.confident, counts,
                                self.is_thing, args.lambdas, self.source.background, permutation, alpha)
             loss["all"].backward()
-            losses.append({name: value.detach() for name, value in loss.items()})
+            of_micro_batches.append(torch.stack(list(loss.values())).detach())
 
         # sums over micro-batches and processes are the batch's means, since `counts` are the whole batch's
-        names = list(losses[0])
-        total = all_reduce_sum(sum(torch.stack(list(loss.values())) for loss in losses))          # (5,)
-        # all gradients in one vector: one message between processes; and a GPU is waited for once
+        of_batch = all_reduce_sum(sum(of_micro_batches))                          # (5,)
+        # all gradients in one vector: one message between processes
         gradient = all_reduce_sum(torch.cat([p.grad.flatten() for p in self.params]))             # (P,)
-        *total, norm = torch.cat([total, gradient.norm()[None]]).tolist()
-        if not math.isfinite(norm + sum(total)):
-            raise FloatingPointError(f"step {step + 1}: {self.not_finite(dict(zip(names, total)), gradient)} "
-                                     f"not finite; the last checkpoint is kept")
+        numbers = torch.cat([of_batch, gradient.norm()[None]]).tolist()           # a GPU is waited for once
+        losses = dict(zip(loss, numbers))
+        if not all(map(math.isfinite, numbers)):
+            raise FloatingPointError(f"step {step + 1}: {self.not_finite(losses, gradient)} not finite; the "
+                                     f"last checkpoint is kept")
         gradient.clamp_(-1, 1)                                                    # elementwise, as TransFGU
         for p, g in zip(self.params, gradient.split([p.numel() for p in self.params])):
             p.grad = g.view_as(p)
         self.optimizer.step()
         if args.teacher == "ema":
             network.update_teacher(step, args.momentum)
-        return dict(zip(names, total))
+        return losses
 
     def not_finite(self, losses, gradient):
         """Names of the losses, or else of the parameters' gradients, that are not finite."""
@@ -551,9 +566,9 @@ def enlarged(maps, size):
 # The loop
 
 
-def train(args, device, method=Trainer):
+def train(args, device, trainer_class=Trainer):
     """The whole run: coarse labels, then epochs of steps, each with its scores and its checkpoint."""
-    state = resume(args, method)                          # of last.pt, or None
+    state = resume(args, trainer_class)                          # of last.pt, or None
     sources = open_data(args, state)                      # {"train", "val": data set}; of a folder no val
     vit, digest = frozen_vit(args, state, device)
 
@@ -564,9 +579,9 @@ def train(args, device, method=Trainer):
     centroids = state["centroids"] if state else cluster_windows(args, sources["train"], vit, digest, device)
     inputs = {"images": {split: identity(source) for split, source in sources.items()},
               "weights": digest, "centroids": centroids}
-    trainer = method(args, vit, sources["train"], inputs, device)
+    trainer = trainer_class(args, vit, sources["train"], inputs, device)
     if state:
-        restore(trainer, state)
+        load_state(trainer, state)
         print0(f"{args.out}: {trainer.epoch} of {args.epochs} epochs are done"
                + ("; raise --epochs to train on" if trainer.epoch >= args.epochs else ", going on"))
     else:
@@ -582,14 +597,15 @@ def train(args, device, method=Trainer):
     first = trainer.epoch * steps
     progress = Progress("step", args.epochs * steps - first)
     log = open_log(Path(args.out), trainer.epoch)
-    val_features = {}                                     # of the frozen ViT, kept from epoch to epoch
+    kept = {}                                             # features of val, from epoch to epoch
     for epoch in range(trainer.epoch + 1, args.epochs + 1):           # Table 1 counts from 1
         begin, waited, total = time.time(), 0.0, np.zeros(5)
         loader = batches(args, images["train"], cams["train"], steps, epoch, device)
         for step, (micro_batches, seconds) in enumerate(loader, (epoch - 1) * steps):
             # for all micro-batches first: the means of the losses need the pixels of the whole batch
             targets, counts = trainer.pseudo_labels(micro_batches, epoch)                 # Fig. 2, top
-            losses = trainer.train_step(targets, all_reduce_sum(counts), epoch, step)     # and bottom
+            counts = all_reduce_sum(counts)
+            losses = trainer.train_step(targets, counts, epoch, step)                     # and bottom
             waited, total = waited + seconds, total + list(losses.values())
             if RANK == 0:
                 progress(step + 1 - first)
@@ -599,7 +615,7 @@ def train(args, device, method=Trainer):
                 log.write(json.dumps(record) + "\n")
         record |= speed(args, device, steps, time.time() - begin, waited)
         if labels is not None:
-            record |= score(trainer, images["val"], labels, epoch, val_features) | trainer.results["cam"]
+            record |= score_val(trainer, images["val"], labels, epoch, kept) | trainer.results["cam"]
         log.write(json.dumps(record) + "\n")
         finish_epoch(trainer, record)
         print0(epoch_line(args, record, dict(zip(losses, total / steps))))
@@ -612,7 +628,7 @@ def train(args, device, method=Trainer):
 # Data and ViT
 
 
-def n_clusters(source):
+def n_channels(source):
     """N, the network's channels: one for each cluster, and one for the background if there is one."""
     return source.background + source.things + source.stuff
 
@@ -647,7 +663,7 @@ def open_data(args, state):
 
 
 def cached_labels(args, source):
-    """Cache of the labels of a split, squashed: (n, S, S) uint8, 255 void. Prints what they show."""
+    """The labels of a split, squashed: PerImage (n, S, S) uint8, 255 void. Prints what they show."""
     labels = cached_squashed(args, "val-labels", source,
                              lambda i, size: data.squash(source.label(i), size, "nearest"))
     if RANK == 0:
@@ -674,7 +690,8 @@ def frozen_vit(args, state, device):
 
 def checkpoint_of(trainer):
     """All that going on, predicting and explaining need: tensors and plain values."""
-    args, network, epoch = trainer.args, trainer.network, max(1, trainer.epoch)
+    args, network = trainer.args, trainer.network
+    epoch = max(1, trainer.epoch)                         # before the first one, its rates
     return trainer.inputs | {
         "epoch": trainer.epoch, "args": vars(args), "results": trainer.results,
         "assignment": trainer.assignment, "names": trainer.source.names,
@@ -684,7 +701,7 @@ def checkpoint_of(trainer):
         "teacher": network.teacher.state_dict(), "optimizer": trainer.optimizer.state_dict()}
 
 
-def restore(trainer, state):
+def load_state(trainer, state):
     """Put what `checkpoint_of` gave into a new Trainer."""
     trainer.network.student.load_state_dict(state["student"])
     trainer.network.teacher.load_state_dict(state["teacher"])
@@ -697,12 +714,12 @@ def save_checkpoint(trainer, name):
         write_whole(Path(trainer.args.out) / name, lambda f: torch.save(checkpoint_of(trainer), f))
 
 
-def resume(args, method=Trainer):
+def resume(args, trainer_class=Trainer):
     """The last checkpoint of the run in --out, or None. Raises UserError if its options were others."""
     file, names = Path(args.out) / "last.pt", Path(args.out) / "names.txt"
     state = load_checkpoint(file) if file.exists() else None
     epoch = state["epoch"] if state else -1
-    if all_reduce_sum(torch.tensor(epoch)).item() != epoch * WORLD:               # all have the same one
+    if all_reduce_sum(torch.tensor(epoch)).item() != epoch * WORLD:               # some found another one
         raise UserError(f"{args.out}: not the same on all machines: they must share this folder")
     if state is None:
         if names.exists():
@@ -711,7 +728,7 @@ def resume(args, method=Trainer):
     with_names(state, names)                              # a mistake in names.txt is told now, not at the end
     for name, now in vars(args).items():
         then = state["args"].get(name)
-        if name not in method.may_differ and then != now:
+        if name not in trainer_class.may_differ and then != now:
             raise UserError(f"{file}: was started with --{name.replace('_', '-')} {as_typed(then)}, now "
                             f"{as_typed(now)}: use another --out, give the same option to go on, or move "
                             f"this file away to start anew")
@@ -731,7 +748,7 @@ def as_typed(value):
 KEPT = 2 ** 30                                            # bytes of val's features that a process keeps
 
 
-def features_of(network, images, group, kept):
+def val_features(network, images, group, kept):
     """x, msa of `DMSA.features` of a group of val's images; the ViT is frozen, so `kept` holds those it can.
 
     kept   {start of a group: features}, KEPT bytes at most: all of `shapes` (59 MB), a seventh of VOC's 7 GB
@@ -746,27 +763,27 @@ def features_of(network, images, group, kept):
 
 
 @torch.no_grad()
-def score(trainer, images, labels, epoch, kept):
+def score_val(trainer, images, labels, epoch, kept):
     """Scores on val, with this epoch's rates, of the student and, once it takes part, of the teacher.
 
-    Keeps the student's cluster -> class assignment. kept: see `features_of`
+    Keeps the student's cluster -> class assignment. kept: see `val_features`
     """
     network, rates = trainer.network.eval(), trainer.rates(epoch)
-    n, k = len(trainer.source.names), n_clusters(trainer.source)
+    n_classes, N = len(trainer.source.names), n_channels(trainer.source)
     heads = [network.student]
     if trainer.teacher_age(epoch) is not None:
         heads.append(network.teacher)
-    confusion = torch.zeros(len(heads), n, k, dtype=torch.int64)
+    confusion = torch.zeros(len(heads), n_classes, N, dtype=torch.int64)
     for group in groups(len(labels), RANK, WORLD):
-        features, truth = features_of(network, images, group, kept), labels[group]
+        features, truth = val_features(network, images, group, kept), labels[group]
         for h, head in enumerate(heads):
             logits, _ = network.decode(head, features, rates)                     # (b, N, h, w)
             clusters = enlarged(logits, truth.shape[1:]).argmax(1)                # (b, S, S)
-            confusion[h] += confusion_matrix(truth, clusters.cpu(), n, k)
+            confusion[h] += confusion_matrix(truth, clusters.cpu(), n_classes, N)
     network.train()
     student, *teacher = [scores(of_head) for of_head in all_reduce_sum(confusion)]
     trainer.assignment = student.pop("assignment").tolist()
-    del student["iou"]
+    del student["iou"], student["one_to_one"]
     for result in teacher:
         student |= {"teacher_miou": result["miou"], "teacher_accuracy": result["accuracy"]}
     return student
@@ -774,14 +791,14 @@ def score(trainer, images, labels, epoch, kept):
 
 def score_cams(trainer, cams, labels):
     """Scores of the coarse labels themselves, on val; prints them, and those of the trivial answer."""
-    n, k = len(trainer.source.names), n_clusters(trainer.source)
-    confusion = torch.zeros(n, k, dtype=torch.int64)
+    n_classes, N = len(trainer.source.names), n_channels(trainer.source)
+    confusion = torch.zeros(n_classes, N, dtype=torch.int64)
     for group in groups(len(labels), RANK, WORLD):
         maps = torch.from_numpy(cams[group]).to(trainer.device).float()
         masks = with_background(maps, trainer.args.threshold) if trainer.source.background else maps
         truth = labels[group]                                                     # (b, S, S)
         clusters = enlarged(masks, truth.shape[1:]).argmax(1)                     # (b, S, S)
-        confusion += confusion_matrix(truth, clusters.cpu(), n, k)
+        confusion += confusion_matrix(truth, clusters.cpu(), n_classes, N)
     all_reduce_sum(confusion)
     trivial = torch.zeros_like(confusion)
     trivial[:, 0] = confusion.sum(1)                      # all pixels predicted as one cluster
@@ -864,8 +881,8 @@ def show_results(trainer, images, labels):
     if labels is not None:
         last, best, coarse = (trainer.results[name] for name in ("last", "best", "cam"))
         print0(f"last epoch: mIoU {last['miou']:.2f} accuracy {last['accuracy']:.2f};  "
-               f"best epoch, {best['epoch']}, chosen on val: mIoU {best['miou']:.2f} accuracy "
-               f"{best['accuracy']:.2f};  coarse labels: mIoU {coarse['cam_miou']:.2f}")
+               f"best epoch, {best['epoch']}, chosen on val by mIoU + accuracy: mIoU {best['miou']:.2f} "
+               f"accuracy {best['accuracy']:.2f};  coarse labels: mIoU {coarse['cam_miou']:.2f}")
         files.append("best.pt")
     else:
         files.append("names.txt (name the clusters there; eval.py reads it)")
@@ -878,7 +895,7 @@ def show_results(trainer, images, labels):
 
 def start_processes(device):
     """Join the processes that torchrun started (nccl on GPUs, gloo on CPUs); returns this one's device."""
-    cuda = available(device) == "cuda"
+    cuda = choose_device(device) == "cuda"
     if cuda and LOCAL_RANK >= torch.cuda.device_count():
         raise UserError(f"process {LOCAL_RANK} of this machine has no GPU of its own "
                         f"({torch.cuda.device_count()} here): lower --nproc_per_node")
@@ -936,30 +953,30 @@ def use_bf16(precision, device):
     return precision == "bf16" or precision == "auto" and able
 
 
-def dry_run(args, method):
+def dry_run(args, trainer_class):
     """Check options, data and weights, print the settings."""
-    state = resume(args, method)
+    state = resume(args, trainer_class)
     open_data(args, state)
     frozen_vit(args, state, "cpu")
     print0(json.dumps(vars(args), indent=1))
 
 
-def main(args, method=Trainer):
-    """A whole run. method: Trainer, or that of another method."""
+def main(args, trainer_class=Trainer):
+    """A whole run. trainer_class: Trainer, or that of another method."""
     if args.data == "folder":
         check_outside(args.out, [args.root])
     if RANK == 0:
         data.remove_temporary(args.out, age=0)            # of writes that were killed
     device = start_processes(args.device)
     if args.dry_run:
-        dry_run(args, method)
+        dry_run(args, trainer_class)
     else:
-        train(args, device, method)
+        train(args, device, trainer_class)
 
 
-def launch(args, method=Trainer):
+def launch(args, trainer_class=Trainer):
     """Run main() and end this process with its exit code (data.exit_code)."""
-    code = data.exit_code(lambda: main(args, method))
+    code = data.exit_code(lambda: main(args, trainer_class))
     if WORLD > 1:                                         # torch's clean-up may wait for other processes, and
         sys.stdout.flush()                                # now and then aborts (3 of 40 runs)
         os._exit(code)

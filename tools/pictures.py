@@ -163,7 +163,7 @@ def write_names(picture, mask, names):
     pen = ImageDraw.Draw(picture)
     for c in np.flatnonzero(500 * pixels > small.size):
         y, x = np.unravel_index(distance_transform_edt(small == c).argmax(), small.shape)
-        half = np.array([min(size[0], letters * len(names[c])) / 2, letters])     # of the name's size, at most
+        half = np.array([min(size[0], letters * len(names[c])) / 2, letters])     # of the name's size
         place = np.clip([(x - 1) * step, (y - 1) * step], half, np.maximum(size - half, half))
         write(pen, tuple(place), names[c], "white", letters, width=size[0], anchor="mm",
               stroke_width=letters // 8, stroke_fill="black")

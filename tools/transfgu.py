@@ -62,7 +62,7 @@ class TransFGU(train.Trainer):
         """The teacher becomes the student, the student gets its first weights; Adam's state is kept."""
         self.network.teacher.load_state_dict(self.network.student.state_dict())
         torch.manual_seed(self.args.seed)                 # as in Trainer.__init__
-        fresh = Head(self.network.vit.embed_dim, train.n_clusters(self.source), use_aspp=False)
+        fresh = Head(self.network.vit.embed_dim, train.n_channels(self.source), use_aspp=False)
         self.network.student.load_state_dict(fresh.state_dict())
 
     @torch.no_grad()
