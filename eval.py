@@ -378,6 +378,14 @@ def photographs_by_name(source):
     return index
 
 
+def earlier_shares(file):
+    """What earlier calls wrote to predictions.json; {} without it. Raises UserError if it is damaged."""
+    try:
+        return json.loads(file.read_text()) if file.exists() else {}
+    except ValueError:
+        raise UserError(f"{file}: damaged; move it away, or give another --out") from None
+
+
 def predict(network, checkpoint, source, out, native, par, flip):
     """--predict: of each photograph a palette PNG of class indices, an overlay, and the shares of classes."""
     from tools.pictures import class_colours, legend, outlined        # all that eval.py draws
@@ -385,6 +393,7 @@ def predict(network, checkpoint, source, out, native, par, flip):
     index = photographs_by_name(source)
     out.mkdir(parents=True, exist_ok=True)
     legend(checkpoint).save(out / "legend.png")
+    earlier = earlier_shares(out / "predictions.json")
     shares, unreadable = {}, 0
     progress = Progress("masks: photograph", len(index))
     for done, (name, i) in enumerate(index.items()):
@@ -406,7 +415,8 @@ def predict(network, checkpoint, source, out, native, par, flip):
         counts = np.bincount(mask.flatten(), minlength=len(names)) / mask.size
         shares[name] = {names[c]: round(float(counts[c]), 4) for c in np.flatnonzero(counts)}
     progress(len(index))
-    (out / "predictions.json").write_text(json.dumps(shares, indent=1))
+    content = json.dumps(earlier | shares, indent=1).encode()
+    data.write_whole(out / "predictions.json", lambda f: f.write(content))
     print(f"wrote {len(shares)} masks, {len(shares)} overlays, legend.png and predictions.json to {out}/")
     if unreadable:
         raise UserError(f"{unreadable} of {len(index)} images have no mask, see above")

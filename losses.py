@@ -201,7 +201,7 @@ def dmsa_losses(logits, class_embeddings, label, confident, counts, is_thing, la
     is_thing          (N,)          bool, as for `pixel_counts`
     lambdas           lambda_1 .. lambda_4
     background        channel 0 is background, and does not compete in L_un
-    permutation, alpha              as for `cross_entropy_loss`
+    permutation, alpha              as for `contrast`
     """
     n_images, n_background, n_foreground, n_confident = counts                    # as `pixel_counts` has them
     foreground = foreground_of(label, is_thing)                                   # (B, H, W)

@@ -597,7 +597,7 @@ def train(args, device, trainer_class=Trainer):
     first = trainer.epoch * steps
     progress = Progress("step", args.epochs * steps - first)
     log = open_log(Path(args.out), trainer.epoch)
-    kept = {}                                             # features of val, from epoch to epoch
+    kept = {}                                             # features of scored images, from epoch to epoch
     for epoch in range(trainer.epoch + 1, args.epochs + 1):           # Table 1 counts from 1
         begin, waited, total = time.time(), 0.0, np.zeros(5)
         loader = batches(args, images["train"], cams["train"], steps, epoch, device)
@@ -614,7 +614,9 @@ def train(args, device, trainer_class=Trainer):
             if step + 1 < epoch * steps:                  # the epoch's last line has its scores, too
                 log.write(json.dumps(record) + "\n")
         record |= speed(args, device, steps, time.time() - begin, waited)
-        if labels is not None:
+        if labels is None:
+            record["clusters"] = clusters_in_use(trainer, images["train"], epoch, kept)
+        else:
             record |= score_val(trainer, images["val"], labels, epoch, kept) | trainer.results["cam"]
         log.write(json.dumps(record) + "\n")
         finish_epoch(trainer, record)
@@ -745,11 +747,12 @@ def as_typed(value):
 # ----------------------------------------------------------------------------
 # Scores, log, last words
 
-KEPT = 2 ** 30                                            # bytes of val's features that a process keeps
+KEPT = 2 ** 30                                            # bytes of features that a process keeps
+IN_USE = 128                                              # images in which a folder's clusters are counted
 
 
-def val_features(network, images, group, kept):
-    """x, msa of `DMSA.features` of a group of val's images; the ViT is frozen, so `kept` holds those it can.
+def kept_features(network, images, group, kept):
+    """x, msa of `DMSA.features` of a group of images; the ViT is frozen, so `kept` holds as many as it can.
 
     kept   {start of a group: features}, KEPT bytes at most: all of `shapes` (59 MB), a seventh of VOC's 7 GB
     """
@@ -766,7 +769,7 @@ def val_features(network, images, group, kept):
 def score_val(trainer, images, labels, epoch, kept):
     """Scores on val, with this epoch's rates, of the student and, once it takes part, of the teacher.
 
-    Keeps the student's cluster -> class assignment. kept: see `val_features`
+    Keeps the student's cluster -> class assignment. kept: see `kept_features`
     """
     network, rates = trainer.network.eval(), trainer.rates(epoch)
     n_classes, N = len(trainer.source.names), n_channels(trainer.source)
@@ -775,7 +778,7 @@ def score_val(trainer, images, labels, epoch, kept):
         heads.append(network.teacher)
     confusion = torch.zeros(len(heads), n_classes, N, dtype=torch.int64)
     for group in groups(len(labels), RANK, WORLD):
-        features, truth = val_features(network, images, group, kept), labels[group]
+        features, truth = kept_features(network, images, group, kept), labels[group]
         for h, head in enumerate(heads):
             logits, _ = network.decode(head, features, rates)                     # (b, N, h, w)
             clusters = enlarged(logits, truth.shape[1:]).argmax(1)                # (b, S, S)
@@ -787,6 +790,20 @@ def score_val(trainer, images, labels, epoch, kept):
     for result in teacher:
         student |= {"teacher_miou": result["miou"], "teacher_accuracy": result["accuracy"]}
     return student
+
+
+@torch.no_grad()
+def clusters_in_use(trainer, images, epoch, kept):
+    """How many clusters, the background among them, have a patch in the first IN_USE images (of a folder)."""
+    network, N = trainer.network.eval(), n_channels(trainer.source)
+    patches = torch.zeros(N, dtype=torch.int64)
+    for group in groups(min(len(images), IN_USE), RANK, WORLD):
+        features = kept_features(network, images, group, kept)
+        logits, _ = network.decode(network.student, features, trainer.rates(epoch))       # (b, N, h, w)
+        patches += torch.bincount(logits.argmax(1).flatten().cpu(), minlength=N)
+    network.train()
+    trainer.results["clusters"] = int((all_reduce_sum(patches) > 0).sum())
+    return trainer.results["clusters"]
 
 
 def score_cams(trainer, cams, labels):
@@ -855,9 +872,9 @@ def epoch_line(args, record, means):
     words = [f"epoch {record['epoch']}/{args.epochs}"]
     words += [f"{name} {value:.4f}" for name, value in means.items()]
     if "miou" in record:
-        words.append("mIoU {miou:.2f} accuracy {accuracy:.2f} clusters {clusters}".format_map(record))
-    words += [f"rates {record['rates']}", f"{record['images_per_s']:.0f} images/s",
-              f"wait {100 * record['data_wait']:.0f} %"]
+        words.append("mIoU {miou:.2f} accuracy {accuracy:.2f}".format_map(record))
+    words += [f"clusters {record['clusters']}", f"rates {record['rates']}",
+              f"{record['images_per_s']:.0f} images/s", f"wait {100 * record['data_wait']:.0f} %"]
     if "peak_gb" in record:
         words.append(f"{record['peak_gb']:.2f} GB")
     return "  ".join(words)
@@ -885,8 +902,16 @@ def show_results(trainer, images, labels):
                f"accuracy {best['accuracy']:.2f};  coarse labels: mIoU {coarse['cam_miou']:.2f}")
         files.append("best.pt")
     else:
-        files.append("names.txt (name the clusters there; eval.py reads it)")
+        files.append("names.txt")
+        N, in_use = n_channels(trainer.source), trainer.results["clusters"]
+        advice = "" if in_use == N else "; more images, fewer --classes or another --seed may keep the others"
+        print0(f"{in_use} of {N} clusters, the background among them, are in use{advice}")
     print0(f"{out}/, {trainer.epoch} epochs: {', '.join(files)}")
+    if labels is None:
+        print0(f"next: look at {out}/clusters.png, name the clusters in {out}/names.txt, then "
+               f"python eval.py {out} --predict {trainer.args.root}")
+    else:
+        print0(f"next: python eval.py {out}")
 
 
 # ----------------------------------------------------------------------------
@@ -965,6 +990,10 @@ def main(args, trainer_class=Trainer):
     """A whole run. trainer_class: Trainer, or that of another method."""
     if args.data == "folder":
         check_outside(args.out, [args.root])
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")   # set by srun alone
+    if WORLD == 1 and tasks != "1":
+        raise UserError(f"srun started {tasks} tasks, which do not know each other: let it start torchrun, "
+                        f"or one task")
     if RANK == 0:
         data.remove_temporary(args.out, age=0)            # of writes that were killed
     device = start_processes(args.device)
