@@ -9,8 +9,8 @@
 "Decision N" is row N of docs/decisions.md in the DMSA repository, which says what was chosen where the paper
 is silent.
 
-Needs torch, numpy, scipy (the picture of `python cam.py` needs pillow): copy this file anywhere. The ViT is an
-argument: model.py's, or one of timm or HuggingFace by way of the end of this file. What is asked of it:
+Needs torch, numpy and scipy (the picture of `python cam.py` needs pillow): copy this file anywhere.
+The ViT is an argument: model.py's, or one of timm or HuggingFace, see the end of this file. It has to have:
 
     last_qkv(image)     the n tokens that enter its last block (B, n, D), CLS first and patches last, and the
                         q, k, v of that block's attention (B, heads, n, d); D = heads * d
@@ -196,7 +196,7 @@ def cluster(features, k, seed=0):
                          f"give more images (copies of one do not count) or fewer classes")
     rng = np.random.default_rng(seed)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                   # a cluster that loses all its windows stays in place
+        warnings.simplefilter("ignore")                   # of a cluster that lost all its windows: it stays
         starts = [kmeans2(features, k, iter=100, minit="++", rng=rng)[0] for _ in range(RESTARTS)]
     inertias = [(vq(features, centroids)[1] ** 2).sum() for centroids in starts]
     return starts[np.argmin(inertias)]
