@@ -9,8 +9,8 @@
 "Decision N" is row N of docs/decisions.md in the DMSA repository, which says what was chosen where the paper
 is silent.
 
-Needs torch, numpy, scipy (the picture of `python cam.py` needs pillow): copy this file anywhere. The ViT is an
-argument: model.py's, or one of timm or HuggingFace by way of the end of this file. What is asked of it:
+Needs torch, numpy and scipy (the picture of `python cam.py` needs pillow): copy this file anywhere.
+The ViT is an argument: model.py's, or one of timm or HuggingFace, see the end of this file. It has to have:
 
     last_qkv(image)     the n tokens that enter its last block (B, n, D), CLS first and patches last, and the
                         q, k, v of that block's attention (B, heads, n, d); D = heads * d
@@ -32,8 +32,8 @@ from scipy.cluster.vq import kmeans2, vq
 # TransFGU's, but for RESTARTS and PATCHES_AT_ONCE
 THING_SCALES = (0.6, 0.5, 0.4, 0.3)                       # sides of the windows as shares of the image: VOC
 SCENE_SCALES = (0.5, 0.4, 0.3, 0.2)                       # COCO
-COVER = 0.5                                               # a window with a larger share of foreground is kept
-CLEAR = 0.8                                               # as background: one with a larger share of that
+COVER = 0.5                                               # foreground windows: more than this is foreground
+CLEAR = 0.8                                               # background windows: more than this is background
 KEEP_MASS = 0.8                                           # share of a map's mass that is kept
 RESTARTS = 5                                              # of k-means; TransFGU has one start
 PATCHES_AT_ONCE = {"cpu": 2_400, "cuda": 25_600}          # of windows: fit in a CPU's L3 cache, fill a GPU
@@ -82,7 +82,7 @@ def patch_grid(vit, image):
 
 
 def window_centres(n, s):
-    """Patches that are centres of windows of side s along n patches, 0 < s < n (TransFGU).
+    """Patches that are centres of windows of side s patches along a row of n, 0 < s < n (TransFGU).
 
         0 1 2 3 4 5 6 7    n = 8        0 1 2 3 4 5 6 7    n = 8
         [ - 2 - ]          s = 4            [ 3 ]          s = 3
@@ -153,11 +153,11 @@ def crop_windows(image, boxes, patch, size):
                       for x0, y0, x1, y1 in pixel_boxes(boxes, patch).tolist()])
 
 
-def features_of(vit, image, boxes, size):
+def features_of_windows(vit, image, boxes, size):
     """CLS features of windows (M, 4) of one image (3, H, W), each resized to size x size pixels: (M, D)."""
     patches = PATCHES_AT_ONCE["cuda" if image.is_cuda else "cpu"]
     together = max(1, patches // (size // vit.patch_size) ** 2)                   # windows
-    features = image.new_empty(len(boxes), len(vit.norm.weight))
+    features = image.new_empty(len(boxes), len(vit.norm.weight))                  # (M, D)
     for start in range(0, len(boxes), together):
         crops = crop_windows(image, boxes[start:start + together], vit.patch_size, size)
         features[start:start + together] = cls_feature(vit, crops)
@@ -179,8 +179,10 @@ def window_features(vit, image, size, scales=THING_SCALES, stuff=False):
     _, A, _ = last_attention(vit, image)
     boxes = windows(*grid, scales)
     fore, back = select_windows(attended_patches(A, grid)[0], boxes, vit.patch_size)
+    fore_boxes = boxes[fore]
     back_boxes = boxes[back] if stuff else boxes[:0]
-    return features_of(vit, image[0], boxes[fore], size), features_of(vit, image[0], back_boxes, size)
+    return (features_of_windows(vit, image[0], fore_boxes, size),
+            features_of_windows(vit, image[0], back_boxes, size))
 
 
 def cluster(features, k, seed=0):
@@ -196,7 +198,7 @@ def cluster(features, k, seed=0):
                          f"give more images (copies of one do not count) or fewer classes")
     rng = np.random.default_rng(seed)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                   # a cluster that loses all its windows stays in place
+        warnings.simplefilter("ignore")                   # of a cluster that lost all its windows: it stays
         starts = [kmeans2(features, k, iter=100, minit="++", rng=rng)[0] for _ in range(RESTARTS)]
     inertias = [(vq(features, centroids)[1] ** 2).sum() for centroids in starts]
     return starts[np.argmin(inertias)]
@@ -230,8 +232,8 @@ def class_activation_maps(vit, image, centroids):
     the mean over heads. Eq. 5 weighs A by alpha^c; TransFGU adds the two (decision 9): L^c = A / max A + the
     largest alpha^c that together hold 80 % of its positive mass, and 0 where alpha^c < 0.
 
-    In closed form: attended = A v is linear in A, so d cos / d A = v u with u = d cos / d attended. One
-    backward pass of K copies of one token through the last MLP gives all K of them.
+    In closed form: attended = A v is linear in A, so that d cos / d A = u v^T in each head, with
+    u = d cos / d attended. One backward pass of K copies of one token through the last MLP gives all K u.
     """
     if torch.is_inference_mode_enabled():
         raise RuntimeError("torch.inference_mode() allows no gradient, which these maps need: use no_grad()")
@@ -239,13 +241,13 @@ def class_activation_maps(vit, image, centroids):
         raise ValueError(f"centroids {tuple(centroids.shape)}: (K, D) expected")
     h, w = patch_grid(vit, image)
     patches = slice(-h * w, None)                         # of the tokens: the last, behind CLS and registers
-    x, A, v = last_attention(vit, image)                        # (B, D), (B, heads, n), (B, heads, n, d)
+    x, A, v = last_attention(vit, image)                  # (B, D), (B, heads, n), (B, heads, n, d)
     attended = attend(A, v)                                                       # (B, D)
     with torch.enable_grad():
         copies = attended[:, None].repeat(1, len(centroids), 1).requires_grad_()  # (B, K, D)
         cosine = F.cosine_similarity(finish_block(vit, x[:, None], copies), centroids, dim=2)     # (B, K)
         u, = torch.autograd.grad(cosine.sum(), copies)                            # (B, K, D)
-    # in each head alpha is u v; its mean over heads is the sum over all D = heads * d channels / heads
+    # the mean over heads of u v^T, a sum over d channels in each, is one sum over all D = heads * d
     values = v[:, :, patches].transpose(1, 2).flatten(2)                          # (B, hw, D), heads as in u
     alpha = torch.einsum("bkD,bnD->bkn", u, values) / A.shape[1]                  # (B, K, hw)
     evidence = F.relu(alpha)

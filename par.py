@@ -1,4 +1,4 @@
-"""Pixel-adaptive refinement, PAR (DMSA Sec. 3.2, Eq. 4). AFA introduced it: the paper's [6], not its [16].
+"""Pixel-adaptive refinement, PAR (DMSA Sec. 3.2, Eq. 4). AFA introduced it, the paper's [6], not [16].
 
 (B, 3, H, W) image and (B, C, h, w) masks -> (B, C, H, W) masks whose edges follow the image's. Each pixel
 repeatedly takes the average of its neighbours' masks, weighted by how alike their colours are.
@@ -82,7 +82,7 @@ def average(k, masks, dilations):
 
 
 # ----------------------------------------------------------------------------
-# The same faster: masks are a table with a row for each pixel, and the neighbours are numbers of rows
+# The same faster: masks as a table with a row for each pixel, neighbours as numbers of its rows
 
 
 def rows(x):
@@ -91,9 +91,14 @@ def rows(x):
 
 
 def neighbour_rows(n, H, W, dilations, device=None):
-    """The numbers of the rows in which the neighbours of each pixel are, of n images: (n HW, N) int32."""
-    number = torch.arange(n * H * W, dtype=torch.float64, device=device).view(n, 1, H, W)
-    return rows(torch.cat([near.int() for near in neighbours(number, dilations)], dim=1))
+    """In which row of such a table each pixel's N neighbours are, for n images: (n HW, N) int32."""
+    def read(coordinate):
+        return rows(torch.cat([*neighbours(coordinate, dilations)], dim=1)).int()
+
+    y = read(torch.arange(float(H), device=device).view(1, 1, H, 1))              # (H, N)
+    x = read(torch.arange(float(W), device=device).view(1, 1, 1, W))              # (W, N)
+    first = torch.arange(n, dtype=torch.int32, device=device) * (H * W)           # (n,), rows of the images
+    return (first[:, None, None, None] + y[:, None] * W + x).flatten(0, 2)
 
 
 class PAR(nn.Module):
