@@ -391,7 +391,7 @@ class DMSA(nn.Module):
 # Weights: a file of DINO, DINOv2 or DINOv3, in the names of whoever wrote it, into a VisionTransformer
 
 WEIGHTS_URL = "https://dl.fbaipublicfiles.com/"
-REPOSITORIES = {                                          # of the same at huggingface.co: facebook/..., timm/...
+REPOSITORIES = {                                          # of facebook and of timm at huggingface.co
     "vits8": ("dino-vits8", "vit_small_patch8_224.dino"),
     "vits16": ("dino-vits16", "vit_small_patch16_224.dino"),
     "vitb8": ("dino-vitb8", "vit_base_patch8_224.dino"),
@@ -405,14 +405,13 @@ REPOSITORIES = {                                          # of the same at huggi
 }
 
 # A name loses its wrappers; then, row by row, others' words at its beginning or behind a dot become DINO's
-WRAPPERS = re.compile(r"^((module|model|encoder|backbone|teacher|teacher_backbone|vit|dinov2|dinov3_vit|"
-                      r"dinov2_with_registers)\.)+|(_orig_mod|_(fsdp|checkpoint)_wrapped_module)\.")
-OTHER_NAMES = {                                           # DINO's: HuggingFace's (file, memory), DINOv3's, timm's
-    "patch_embed.proj.": ("embeddings.patch_embeddings.projection.", "embeddings.patch_embeddings."),
-    "cls_token": ("embeddings.cls_token",),
-    "mask_token": ("embeddings.mask_token",),
-    "pos_embed": ("embeddings.position_embeddings",),
-    "register_tokens": ("embeddings.register_tokens", "storage_tokens", "reg_token"),
+TORCHS = r"_(orig_mod|(fsdp|checkpoint)_wrapped_module)\."
+WRAPPERS = re.compile(rf"^({TORCHS}|(module|model|backbone|teacher|teacher_backbone|vit|dinov2|dinov3_vit|"
+                      rf"dinov2_with_registers|encoder|embeddings)\.)+|{TORCHS}")
+OTHER_NAMES = {                                           # DINO's: HuggingFace's, DINOv3's, timm's
+    "pos_embed": ("position_embeddings",),
+    "register_tokens": ("storage_tokens", "reg_token"),
+    "patch_embed.proj.": ("patch_embeddings.projection.", "patch_embeddings."),
     "periods": ("rope_embed.periods",),
     "blocks.": ("layer.", "layers."),
     "norm1.": ("layernorm_before.",),
@@ -430,7 +429,7 @@ OTHER_NAMES = {                                           # DINO's: HuggingFace'
     "norm.": ("layernorm.",),
 }
 LEFT_OUT = re.compile(r"((\w+_)?head|fc|classifier|pooler)\.|mask_token$")
-SCALED = {                                                # a factor, and the parameters that it is multiplied into
+SCALED = {                                                # a factor: what it is multiplied into
     "ls1.gamma": ("attn.proj.weight", "attn.proj.bias"),
     "ls2.gamma": ("mlp.fc2.weight", "mlp.fc2.bias"),
     "attn.qkv.bias_mask": ("attn.qkv.bias",),             # DINOv3: 0 for the keys
@@ -590,8 +589,8 @@ def misfit(vit, state):
 def load_vit(vit, state):
     """Load a state dict in `VisionTransformer`'s names strictly; the position table may be of any image size.
 
-    state    name: tensor, of any float type. The factors of SCALED are multiplied into their parameters: exact,
-             for these are linear. Without `periods` those of a new ViT are kept (decision 29).
+    state    name: tensor, of any float type. The factors of SCALED are multiplied in, which is exact: these
+             layers are linear. Without `periods` those of a new ViT are kept (decision 29).
     raises   WeightsError in words that name no file
     """
     if not is_state_dict(state):
@@ -623,15 +622,15 @@ def advice(state, problem):
             vit = VisionTransformer(**architecture)
         if not misfit(vit, state):
             return f"weights of {name}, not of this ViT ({problem}): give --backbone {name}"
-    patch = state.get("patch_embed.proj.weight", torch.empty(0))
     depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
     if not state:
         return "heads without their ViT; give the file of the ViT"
-    if patch.ndim != 4 or depth == 0:
+    if depth == 0:
         return f"no ViT in names of DINO, HuggingFace or timm: {list(state)[:3]}; give another file"
     mlp = "SwiGLU" if re.search(r"\.(gate_proj|weights_in|w1|w12|fc1_g)\.", " ".join(state)) else "MLP"
-    return (f"a ViT of {depth} blocks with {mlp}, width {patch.shape[0]}, patches of {patch.shape[3]}: no "
-            f"--backbone fits it ({problem}); give another file")
+    patch = state.get("patch_embed.proj.weight", torch.empty(0))
+    size = f", width {patch.shape[0]}, patches of {patch.shape[3]}" if patch.ndim == 4 else ""
+    return f"a ViT of {depth} blocks with {mlp}{size}: no --backbone fits it ({problem}); give another file"
 
 
 def load_dino(vit, file):
