@@ -520,6 +520,15 @@ def is_state_dict(found):
         and value.layout is torch.strided for name, value in found.items())
 
 
+def dino_name(name):
+    """The name of a tensor in any of these files -> in DINO's, whose heads may still be there."""
+    name = WRAPPERS.sub("", name)
+    for dinos, others in OTHER_NAMES.items():
+        for other in others:
+            name = re.sub(rf"(^|\.){re.escape(other)}", rf"\1{dinos}", name)
+    return re.sub(r"^blocks\.\d+\.(\d+\.)", r"blocks.\1", name)                   # DINOv2 trains in chunks
+
+
 def dino_names(state):
     """A state dict in any of these names -> in DINO's, those of `VisionTransformer`. Raises WeightsError.
 
@@ -527,34 +536,28 @@ def dino_names(state):
     """
     teacher = {name: value for name, value in state.items()
                if re.search(r"(^|\.)teacher(_backbone)?\.", name)}
-    renamed = {}
+    vit = {}
     for theirs, value in (teacher or state).items():
-        name = WRAPPERS.sub("", theirs)
-        for dinos, others in OTHER_NAMES.items():
-            for other in others:
-                name = re.sub(rf"(^|\.){re.escape(other)}", rf"\1{dinos}", name)
-        name = re.sub(r"^blocks\.\d+\.(\d+\.)", r"blocks.\1", name)               # DINOv2 trains in chunks
+        name = dino_name(theirs)
         if LEFT_OUT.match(name):
             continue
-        if name in renamed:
+        if name in vit:
             raise WeightsError(f"{theirs!r} is the second tensor that stands for {name!r}; give another file")
-        renamed[name] = value
-    state = renamed
+        vit[name] = value
 
-    has_rope = "pos_embed" not in state                   # DINOv3, whose keys have no bias
-    for q in [name for name in state if ".attn.q." in name]:
-        names = [q, q.replace(".q.", ".k."), q.replace(".q.", ".v.")]
+    has_rope = "pos_embed" not in vit                     # DINOv3, whose keys have no bias
+    for q in [name for name in vit if ".attn.q." in name]:
+        qkv = [q, q.replace(".q.", ".k."), q.replace(".q.", ".v.")]
         if has_rope and q.endswith("bias"):
-            state.setdefault(names[1], torch.zeros_like(state[q]))
-        if len({state[name].shape if name in state else None for name in names}) == 1:
-            pieces = [torch.atleast_1d(state.pop(name)) for name in names]
-            state[q.replace(".q.", ".qkv.")] = torch.cat(pieces)
-    if has_rope and not any(name.endswith(".attn.qkv.bias") for name in state):   # timm leaves out zeros
-        for weight in [name for name in state if name.endswith(".attn.qkv.weight")]:
-            state[weight.replace(".weight", ".bias")] = state[weight].new_zeros(state[weight].shape[:1])
-    if "register_tokens" in state and is_square(positions(state)):                # timm adds it to cls_token
-        state["pos_embed"] = F.pad(state["pos_embed"], (0, 0, 1, 0))
-    return state
+            vit.setdefault(qkv[1], torch.zeros_like(vit[q]))
+        if len({vit[name].shape if name in vit else None for name in qkv}) == 1:
+            vit[q.replace(".q.", ".qkv.")] = torch.cat([torch.atleast_1d(vit.pop(name)) for name in qkv])
+    if has_rope and not any(name.endswith(".attn.qkv.bias") for name in vit):     # timm leaves out zeros
+        for weight in [name for name in vit if name.endswith(".attn.qkv.weight")]:
+            vit[weight.replace(".weight", ".bias")] = vit[weight].new_zeros(vit[weight].shape[:1])
+    if "register_tokens" in vit and is_square(positions(vit)):                    # timm has no row for CLS
+        vit["pos_embed"] = F.pad(vit["pos_embed"], (0, 0, 1, 0))
+    return vit
 
 
 def positions(state):
@@ -572,8 +575,8 @@ def misfit(vit, state):
     expected = {name: tuple(value.shape) for name, value in vit.state_dict().items()}
     if vit.pos_embed is not None and is_square(positions(state) - 1):             # of images of any size
         expected["pos_embed"] = (1, positions(state), vit.embed_dim)
-    for factor, (*_, bias) in SCALED.items():             # of all blocks or of none
-        if any(name.endswith(factor.split(".")[-1]) for name in state):
+    for factor, (*_, bias) in SCALED.items():             # of the bias's shape; in every block if in any
+        if any(name.endswith(factor) for name in state):
             for i in range(len(vit.blocks)):
                 expected[f"blocks.{i}.{factor}"] = expected[f"blocks.{i}.{bias}"]
     missing = sorted(expected.keys() - state.keys() - {"periods"})
@@ -599,7 +602,7 @@ def load_vit(vit, state):
     if problem:
         raise WeightsError(f"another ViT's weights: {problem}")
     for name, value in state.items():
-        if not (value.is_floating_point() and value.isfinite().all()):
+        if not (value.is_floating_point() and value.float().isfinite().all()):
             raise WeightsError(f"{name} is not finite, or of no float type: damaged weights; give others")
     state = {name: value.float() for name, value in state.items()}
     for name in [name for name in state if name.endswith(tuple(SCALED))]:

@@ -764,7 +764,7 @@ def test_weights_load_from_own_trainings_and_runs_and_a_teacher_goes_before_its_
                for name, value in state.items()}
     hf = hugging_face(state)
     cases = {"teacher_checkpoint.pth": {"teacher": {f"backbone.{n}": v for n, v in chunks.items()}
-                                        | {"dino_head.mlp.0.weight": head, "ibot_head.last_layer.weight": head}},
+                                        | {"dino_head.mlp.0.weight": head, "ibot_head.mlp.0.weight": head}},
              "model_final.rank_0.pth": {"model": both, "iteration": 9},
              "lightly.ckpt": {"state_dict": lightly, "epoch": 9},
              "wrapped.pth": {"model": {f"module._orig_mod.backbone.{n}": v for n, v in wrapped.items()}},
@@ -804,7 +804,8 @@ def test_periods_and_biases_that_are_in_no_file_of_dinov3_are_its_authors_and_ot
     expected = torch.tensor([100 ** (j / 12) for j in range(12)]).bfloat16().float()
     q, k, v = state["blocks.1.attn.qkv.bias"].chunk(3)
     without = {name: value for name, value in state.items() if not name.endswith("qkv.bias")}
-    apart = without | {f"blocks.{i}.attn.{x}_bias": value for i in (0, 1) for x, value in (("q", q), ("v", v))}
+    apart = without | {f"blocks.{i}.attn.{x}_bias": value
+                       for i in (0, 1) for x, value in (("q", q), ("v", v))}
     for content, bias in ((state, torch.cat([q, k, v])), (without, torch.zeros(144)),
                           (apart, torch.cat([q, 0 * k, v]))):
         other = model.VisionTransformer(**sizes)
@@ -829,8 +830,8 @@ def test_a_digest_in_a_files_name_is_checked_and_a_date_is_none(tmp_path):
 
 def test_safetensors_are_read_as_the_format_defines_them(tmp_path):
     tensors = {"a": randn(2, 3), "b": randn(4).bfloat16(), "c": randn(5, 1).half(), "d": randn(2).double(),
-               "scalar": torch.tensor(7), "empty": torch.zeros(0, 4), "flags": torch.tensor([True, False, True]),
-               "bytes": torch.arange(3, dtype=torch.uint8), "nan": torch.tensor([math.nan, math.inf])}
+               "scalar": torch.tensor(7), "empty": torch.zeros(0, 4), "nan": torch.tensor([math.nan]),
+               "flags": torch.tensor([True, False, True]), "bytes": torch.arange(3, dtype=torch.uint8)}
     found, digest = model.read_tensors(written(tmp_path / "a.safetensors", safetensors(tensors)))
     assert found.keys() == tensors.keys() and len(digest) == 64
     for name, tensor in tensors.items():
@@ -849,12 +850,14 @@ def test_damaged_safetensors_are_refused_whatever_is_wrong(tmp_path):
     cases = {"a hole": lying(9, 17), "an overlap": lying(4, 12), "beyond the end": lying(8, 24, (4,)),
              "before the data": lying(-8, 0), "backwards": lying(8, 0), "a byte too many": good + b"x",
              "cut": good[:-1], "cut in the header": good[:40], "a lying shape": lying(shape=(3,)),
-             "huge": lying(shape=(2 ** 62, 4)), "negative": lying(shape=(-1, -2)), "true": lying(shape=(True, 2)),
-             "float": lying(end=16.0), "no list": lying(shape="ab"), "F4": lying(dtype="F4"),
+             "huge": lying(shape=(2 ** 62, 4)), "negative": lying(shape=(-1, -2)),
+             "true": lying(shape=(True, 2)), "float": lying(end=16.0), "no list": lying(shape="ab"),
+             "F4": lying(dtype="F4"),
              "a list as type": lying(dtype=[]), "no entry": safetensors(two, b=7),
              "no offsets": safetensors(two, b={"dtype": "F32", "shape": [2]}),
              "twice": good.replace(b'"b"', b'"a"'), "no JSON": good.replace(b'"b":', b'"b";'),
-             "no UTF-8": good.replace(b'"b"', b'"\xff"'), "a long header": struct.pack("<Q", 2 ** 63) + good[8:],
+             "no UTF-8": good.replace(b'"b"', b'"\xff"'),
+             "a long header": struct.pack("<Q", 2 ** 63) + good[8:],
              "nested": struct.pack("<Q", 200_000) + b'{"a":' + b"[" * 199_995}
     for name, content in cases.items():
         with pytest.raises(model.WeightsError, match="not a file of plain tensors, or damaged") as error:
@@ -932,7 +935,7 @@ def test_weights_that_do_not_fit_or_are_no_weights_are_named(tmp_path, capfd):
              "swiglu.pt": ({k: v for k, v in state.items() if ".fc" not in k}     # LayerScale before no fc2
                            | gammas | {"blocks.0.mlp.w12.weight": torch.ones(9)}, "SwiGLU"),
              "fc.pt": ({k: v for k, v in state.items() if ".fc" not in k} | gammas, "12 tensors missing"),
-             "gamma.pt": (state | {"blocks.0.ls2.gamma": torch.ones(48)}, "5 tensors missing"),
+             "gamma.pt": (state | {"blocks.0.ls2.gamma": torch.ones(48)}, "2 tensors missing"),
              "wide.pt": (state | {"pos_embed": torch.zeros(1, 197, 32)}, "pos_embed is (1, 197, 32)"),
              "safe.pt": (struct.pack("<Q", 2) + b"{}", "no state dict"),
              "head.pt": ({"head.weight": torch.zeros(5, 48), "head.bias": torch.zeros(5)}, "heads without"),
