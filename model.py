@@ -391,7 +391,7 @@ class DMSA(nn.Module):
 # Weights: a file of DINO, DINOv2 or DINOv3, in the names of whoever wrote it, into a VisionTransformer
 
 WEIGHTS_URL = "https://dl.fbaipublicfiles.com/"
-REPOSITORIES = {                                          # of the same at huggingface.co: facebook/..., timm/...
+REPOSITORIES = {                                          # of facebook and of timm at huggingface.co
     "vits8": ("dino-vits8", "vit_small_patch8_224.dino"),
     "vits16": ("dino-vits16", "vit_small_patch16_224.dino"),
     "vitb8": ("dino-vitb8", "vit_base_patch8_224.dino"),
@@ -405,14 +405,13 @@ REPOSITORIES = {                                          # of the same at huggi
 }
 
 # A name loses its wrappers; then, row by row, others' words at its beginning or behind a dot become DINO's
-WRAPPERS = re.compile(r"^((module|model|encoder|backbone|teacher|teacher_backbone|vit|dinov2|dinov3_vit|"
-                      r"dinov2_with_registers)\.)+|(_orig_mod|_(fsdp|checkpoint)_wrapped_module)\.")
-OTHER_NAMES = {                                           # DINO's: HuggingFace's (file, memory), DINOv3's, timm's
-    "patch_embed.proj.": ("embeddings.patch_embeddings.projection.", "embeddings.patch_embeddings."),
-    "cls_token": ("embeddings.cls_token",),
-    "mask_token": ("embeddings.mask_token",),
-    "pos_embed": ("embeddings.position_embeddings",),
-    "register_tokens": ("embeddings.register_tokens", "storage_tokens", "reg_token"),
+TORCHS = r"_(orig_mod|(fsdp|checkpoint)_wrapped_module)\."
+WRAPPERS = re.compile(rf"^({TORCHS}|(module|model|backbone|teacher|teacher_backbone|vit|dinov2|dinov3_vit|"
+                      rf"dinov2_with_registers|encoder|embeddings)\.)+|{TORCHS}")
+OTHER_NAMES = {                                           # DINO's: HuggingFace's, DINOv3's, timm's
+    "pos_embed": ("position_embeddings",),
+    "register_tokens": ("storage_tokens", "reg_token"),
+    "patch_embed.proj.": ("patch_embeddings.projection.", "patch_embeddings."),
     "periods": ("rope_embed.periods",),
     "blocks.": ("layer.", "layers."),
     "norm1.": ("layernorm_before.",),
@@ -430,7 +429,7 @@ OTHER_NAMES = {                                           # DINO's: HuggingFace'
     "norm.": ("layernorm.",),
 }
 LEFT_OUT = re.compile(r"((\w+_)?head|fc|classifier|pooler)\.|mask_token$")
-SCALED = {                                                # a factor, and the parameters that it is multiplied into
+SCALED = {                                                # a factor: what it is multiplied into
     "ls1.gamma": ("attn.proj.weight", "attn.proj.bias"),
     "ls2.gamma": ("mlp.fc2.weight", "mlp.fc2.bias"),
     "attn.qkv.bias_mask": ("attn.qkv.bias",),             # DINOv3: 0 for the keys
@@ -491,14 +490,13 @@ def read_safetensors(content):
     header = json.loads(content[8:8 + n].decode(), object_pairs_hook=distinct)
     header.pop("__metadata__", None)
     data = torch.frombuffer(bytearray(content), dtype=torch.uint8)[8 + n:]
-    tensors, at = {}, 0
+    tensors = {}
+    at = 0                                                # where the tensor before ends
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         shape, (begin, end) = entry["shape"], entry["data_offsets"]
         if entry["dtype"] not in SAFETENSORS:
             raise ValueError(f"{name!r} has the unknown type {entry['dtype']!r}")
         dtype = SAFETENSORS[entry["dtype"]]
-        if not all(type(size) is int and size >= 0 for size in (*shape, begin, end)):
-            raise ValueError(f"{name!r} has a size or a place that is no whole number")
         if begin != at or end - begin != math.prod(shape) * dtype.itemsize or end > len(data):
             raise ValueError(f"{name!r} does not lie where its shape and its neighbours have it")
         tensors[name] = data[begin:end].clone().view(dtype).view(shape)
@@ -521,6 +519,15 @@ def is_state_dict(found):
         and value.layout is torch.strided for name, value in found.items())
 
 
+def dino_name(name):
+    """The name of a tensor in any of these files -> in DINO's, whose heads may still be there."""
+    name = WRAPPERS.sub("", name)
+    for dinos, others in OTHER_NAMES.items():
+        for other in others:
+            name = re.sub(rf"(^|\.){re.escape(other)}", rf"\1{dinos}", name)
+    return re.sub(r"^blocks\.\d+\.(\d+\.)", r"blocks.\1", name)                   # DINOv2 trains in chunks
+
+
 def dino_names(state):
     """A state dict in any of these names -> in DINO's, those of `VisionTransformer`. Raises WeightsError.
 
@@ -528,34 +535,28 @@ def dino_names(state):
     """
     teacher = {name: value for name, value in state.items()
                if re.search(r"(^|\.)teacher(_backbone)?\.", name)}
-    renamed = {}
+    vit = {}
     for theirs, value in (teacher or state).items():
-        name = WRAPPERS.sub("", theirs)
-        for dinos, others in OTHER_NAMES.items():
-            for other in others:
-                name = re.sub(rf"(^|\.){re.escape(other)}", rf"\1{dinos}", name)
-        name = re.sub(r"^blocks\.\d+\.(\d+\.)", r"blocks.\1", name)               # DINOv2 trains in chunks
+        name = dino_name(theirs)
         if LEFT_OUT.match(name):
             continue
-        if name in renamed:
+        if name in vit:
             raise WeightsError(f"{theirs!r} is the second tensor that stands for {name!r}; give another file")
-        renamed[name] = value
-    state = renamed
+        vit[name] = value
 
-    has_rope = "pos_embed" not in state                   # DINOv3, whose keys have no bias
-    for q in [name for name in state if ".attn.q." in name]:
-        names = [q, q.replace(".q.", ".k."), q.replace(".q.", ".v.")]
+    has_rope = "pos_embed" not in vit                     # DINOv3, whose keys have no bias
+    for q in [name for name in vit if ".attn.q." in name]:
+        qkv = [q, q.replace(".q.", ".k."), q.replace(".q.", ".v.")]
         if has_rope and q.endswith("bias"):
-            state.setdefault(names[1], torch.zeros_like(state[q]))
-        if len({state[name].shape if name in state else None for name in names}) == 1:
-            pieces = [torch.atleast_1d(state.pop(name)) for name in names]
-            state[q.replace(".q.", ".qkv.")] = torch.cat(pieces)
-    if has_rope and not any(name.endswith(".attn.qkv.bias") for name in state):   # timm leaves out zeros
-        for weight in [name for name in state if name.endswith(".attn.qkv.weight")]:
-            state[weight.replace(".weight", ".bias")] = state[weight].new_zeros(state[weight].shape[:1])
-    if "register_tokens" in state and is_square(positions(state)):                # timm adds it to cls_token
-        state["pos_embed"] = F.pad(state["pos_embed"], (0, 0, 1, 0))
-    return state
+            vit.setdefault(qkv[1], torch.zeros_like(vit[q]))
+        if len({vit[name].shape if name in vit else None for name in qkv}) == 1:
+            vit[q.replace(".q.", ".qkv.")] = torch.cat([torch.atleast_1d(vit.pop(name)) for name in qkv])
+    if has_rope and not any(name.endswith(".attn.qkv.bias") for name in vit):     # timm leaves out zeros
+        for weight in [name for name in vit if name.endswith(".attn.qkv.weight")]:
+            vit[weight.replace(".weight", ".bias")] = vit[weight].new_zeros(vit[weight].shape[:1])
+    if "register_tokens" in vit and is_square(positions(vit)):                    # timm has no row for CLS
+        vit["pos_embed"] = F.pad(vit["pos_embed"], (0, 0, 1, 0))
+    return vit
 
 
 def positions(state):
@@ -573,8 +574,8 @@ def misfit(vit, state):
     expected = {name: tuple(value.shape) for name, value in vit.state_dict().items()}
     if vit.pos_embed is not None and is_square(positions(state) - 1):             # of images of any size
         expected["pos_embed"] = (1, positions(state), vit.embed_dim)
-    for factor, (*_, bias) in SCALED.items():             # of all blocks or of none
-        if any(name.endswith(factor.split(".")[-1]) for name in state):
+    for factor, (*_, bias) in SCALED.items():             # of the bias's shape; in every block if in any
+        if any(name.endswith(factor) for name in state):
             for i in range(len(vit.blocks)):
                 expected[f"blocks.{i}.{factor}"] = expected[f"blocks.{i}.{bias}"]
     missing = sorted(expected.keys() - state.keys() - {"periods"})
@@ -590,8 +591,8 @@ def misfit(vit, state):
 def load_vit(vit, state):
     """Load a state dict in `VisionTransformer`'s names strictly; the position table may be of any image size.
 
-    state    name: tensor, of any float type. The factors of SCALED are multiplied into their parameters: exact,
-             for these are linear. Without `periods` those of a new ViT are kept (decision 29).
+    state    name: tensor, of any float type. The factors of SCALED are multiplied in, which is exact: these
+             layers are linear. Without `periods` those of a new ViT are kept (decision 29).
     raises   WeightsError in words that name no file
     """
     if not is_state_dict(state):
@@ -600,7 +601,7 @@ def load_vit(vit, state):
     if problem:
         raise WeightsError(f"another ViT's weights: {problem}")
     for name, value in state.items():
-        if not (value.is_floating_point() and value.isfinite().all()):
+        if not (value.is_floating_point() and value.float().isfinite().all()):
             raise WeightsError(f"{name} is not finite, or of no float type: damaged weights; give others")
     state = {name: value.float() for name, value in state.items()}
     for name in [name for name in state if name.endswith(tuple(SCALED))]:
@@ -623,15 +624,15 @@ def advice(state, problem):
             vit = VisionTransformer(**architecture)
         if not misfit(vit, state):
             return f"weights of {name}, not of this ViT ({problem}): give --backbone {name}"
-    patch = state.get("patch_embed.proj.weight", torch.empty(0))
     depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
     if not state:
         return "heads without their ViT; give the file of the ViT"
-    if patch.ndim != 4 or depth == 0:
+    if depth == 0:
         return f"no ViT in names of DINO, HuggingFace or timm: {list(state)[:3]}; give another file"
     mlp = "SwiGLU" if re.search(r"\.(gate_proj|weights_in|w1|w12|fc1_g)\.", " ".join(state)) else "MLP"
-    return (f"a ViT of {depth} blocks with {mlp}, width {patch.shape[0]}, patches of {patch.shape[3]}: no "
-            f"--backbone fits it ({problem}); give another file")
+    patch = state.get("patch_embed.proj.weight", torch.empty(0))
+    size = f", width {patch.shape[0]}, patches of {patch.shape[3]}" if patch.ndim == 4 else ""
+    return f"a ViT of {depth} blocks with {mlp}{size}: no --backbone fits it ({problem}); give another file"
 
 
 def load_dino(vit, file):

@@ -695,13 +695,267 @@ def test_weights_load_strictly_from_flat_and_full_checkpoints_in_any_float_type(
     assert vit(torch.zeros(1, 3, 96, 96))[0].shape == (1, 145, vit.embed_dim)
 
 
+def written(file, content):
+    """Write what torch.save takes, or bytes as they are; returns the path."""
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    else:
+        torch.save(content, file)
+    return file
+
+
+def raw(tensor):
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def safetensors(tensors, **changes):
+    """The bytes of a file of safetensors, from its definition; changes: other entries of its JSON."""
+    kinds = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+             torch.int64: "I64", torch.uint8: "U8", torch.bool: "BOOL"}
+    header, data = {"__metadata__": {"format": "pt"}}, b""
+    for name, tensor in tensors.items():
+        begin, data = len(data), data + raw(tensor)
+        header[name] = {"dtype": kinds[tensor.dtype], "shape": list(tensor.shape),
+                        "data_offsets": [begin, len(data)]}
+    text = json.dumps(header | changes).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def hugging_face(state, layer="encoder.layer."):
+    """A state dict in DINO's names -> in those of a ViTModel (WEIGHTS of facebook/dino-vits8)."""
+    inside = {"norm1": ["layernorm_before"], "norm2": ["layernorm_after"], "mlp.fc1": ["intermediate.dense"],
+              "mlp.fc2": ["output.dense"], "attn.proj": ["attention.output.dense"],
+              "attn.qkv": [f"attention.attention.{name}" for name in ("query", "key", "value")]}
+    theirs = {}
+    for name, value in state.items():
+        module, _, leaf = name.rpartition(".")
+        if name.startswith("blocks."):
+            _, i, module = module.split(".", 2)
+            for piece, words in zip(value.chunk(len(inside[module])), inside[module]):
+                theirs[f"{layer}{i}.{words}.{leaf}"] = piece.clone()
+        elif module == "norm":
+            theirs[f"layernorm.{leaf}"] = value
+        else:
+            theirs["embeddings." + name.replace("patch_embed.proj", "patch_embeddings.projection")
+                   .replace("pos_embed", "position_embeddings")] = value
+    return theirs
+
+
+def loads_as(vit, file):
+    """Whether load_dino gives another ViT of this size exactly the weights of `vit`."""
+    other = small_vit(seed=9)
+    model.load_dino(other, file)
+    return all(torch.equal(other.state_dict()[name], value) for name, value in vit.state_dict().items())
+
+
+def test_cam_from_hugging_faces_names_equals_cam_from_dinos(tmp_path):
+    vit, image, maps = small_vit(), randn(2, 3, 64, 48), []
+    written(tmp_path / "dino.pth", vit.state_dict())
+    written(tmp_path / "model.safetensors", safetensors(hugging_face(vit.state_dict())))
+    for name in ("dino.pth", "model.safetensors"):
+        other = small_vit(seed=9)
+        model.load_dino(other, tmp_path / name)
+        maps.append(cam.class_activation_maps(other, image, randn(5, 48)))
+    assert torch.equal(*maps) and maps[0].std() > 0
+
+
+def test_weights_load_from_own_trainings_and_runs_and_a_teacher_goes_before_its_student(tmp_path):
+    vit, student, head = small_vit(), small_vit(seed=5).state_dict(), torch.zeros(4, 48)
+    state = vit.state_dict()
+    chunks = {re.sub(r"^blocks\.(\d+)", lambda m: f"blocks.{int(m[1]) // 2}.{m[1]}", name): value
+              for name, value in state.items()}           # DINOv2: blocks.1.2 is block 2, in chunk 1
+    assert "blocks.1.2.norm1.bias" in chunks
+    both = {f"student.backbone.{name}": value for name, value in student.items()}
+    both |= {f"teacher.backbone.{name}": value for name, value in chunks.items()}
+    both |= {"student.dino_head.mlp.0.weight": head, "teacher.dino_head.mlp.0.weight": head,
+             "dino_loss.center": head}
+    lightly = {f"student_backbone.{name}": value for name, value in student.items()}
+    lightly |= {f"teacher_backbone.{name}": value for name, value in state.items()}
+    lightly |= {"teacher_head.layers.0.weight": head, "criterion.teacher_temp": head}
+    wrapped = {re.sub(r"^blocks\.\d+\.", r"\g<0>_checkpoint_wrapped_module.", f"{name}"): value
+               for name, value in state.items()}
+    hf = hugging_face(state)
+    cases = {"teacher_checkpoint.pth": {"teacher": {f"backbone.{n}": v for n, v in chunks.items()}
+                                        | {"dino_head.mlp.0.weight": head, "ibot_head.mlp.0.weight": head}},
+             "model_final.rank_0.pth": {"model": both, "iteration": 9},
+             "lightly.ckpt": {"state_dict": lightly, "epoch": 9},
+             "wrapped.pth": {"model": {f"module._orig_mod.backbone.{n}": v for n, v in wrapped.items()}},
+             "vit.bin": {f"vit.{n}": v for n, v in hf.items()} | {"classifier.weight": head},
+             "pooler.bin": hf | {"pooler.dense.weight": head, "embeddings.mask_token": torch.zeros(1, 1, 48)},
+             "last.pt": {"vit": state, "student": {"aspp.x": head}, "teacher": {"aspp.x": head},
+                         "args": {"backbone": "tiny"}}}
+    for name, content in cases.items():
+        assert loads_as(vit, written(tmp_path / name, content)), name
+
+
+def test_a_position_table_of_another_image_size_is_taken_as_it_is_and_interpolated_from_there(tmp_path):
+    torch.manual_seed(0)
+    larger = model.VisionTransformer(img_size=96, patch_size=8, embed_dim=48, depth=3, num_heads=4).eval()
+    nn.init.normal_(larger.pos_embed)
+    for state in (larger.state_dict(), hugging_face(larger.state_dict())):
+        vit = small_vit()
+        model.load_dino(vit, written(tmp_path / "96.pth", state))
+        for size in ((96, 96), (64, 64), (40, 72)):
+            image = randn(1, 3, *size)
+            assert torch.equal(vit(image)[0], larger(image)[0])
+        assert not vit.pos_embed.requires_grad
+    vit = small_vit()
+    model.load_vit(vit, larger.state_dict())
+    assert torch.equal(vit.pos_embed, larger.pos_embed)
+    for n in (1 + 143, 1):                                # no square; CLS alone
+        with pytest.raises(model.WeightsError, match=rf"pos_embed is \(1, {n}, 48\)"):
+            model.load_vit(vit, larger.state_dict() | {"pos_embed": torch.zeros(1, n, 48)})
+    with pytest.raises(model.WeightsError, match="no state dict"):
+        model.load_vit(vit, None)
+
+
+def test_periods_and_biases_that_are_in_no_file_of_dinov3_are_its_authors_and_others_not_guessed(tmp_path):
+    sizes = dict(patch_size=8, embed_dim=48, depth=2, num_heads=1, registers=4, rope=True)
+    vit = model.VisionTransformer(**sizes)
+    state = {name: randn(*value.shape) for name, value in vit.state_dict().items() if name != "periods"}
+    expected = torch.tensor([100 ** (j / 12) for j in range(12)]).bfloat16().float()
+    q, k, v = state["blocks.1.attn.qkv.bias"].chunk(3)
+    without = {name: value for name, value in state.items() if not name.endswith("qkv.bias")}
+    apart = without | {f"blocks.{i}.attn.{x}_bias": value
+                       for i in (0, 1) for x, value in (("q", q), ("v", v))}
+    for content, bias in ((state, torch.cat([q, k, v])), (without, torch.zeros(144)),
+                          (apart, torch.cat([q, 0 * k, v]))):
+        other = model.VisionTransformer(**sizes)
+        model.load_dino(other, written(tmp_path / "v3.pth", content))
+        assert torch.equal(other.blocks[1].attn.qkv.bias, bias) and torch.equal(other.periods, expected)
+    one = {name: value for name, value in state.items() if name != "blocks.0.attn.qkv.bias"}
+    half = {name: value for name, value in apart.items() if name != "blocks.0.attn.q_bias"}
+    table = {name: value for name, value in model.VisionTransformer(patch_size=8, embed_dim=48, depth=2,
+                                                                   num_heads=1).state_dict().items()
+             if not name.endswith("qkv.bias")}            # DINO's ViT, which has biases
+    for content in (one, half, table):
+        with pytest.raises(model.WeightsError, match="blocks.0.attn.qkv.bias"):
+            model.load_dino(vit, written(tmp_path / "v3.pth", content))
+
+
+def test_a_digest_in_a_files_name_is_checked_and_a_date_is_none(tmp_path):
+    vit, file = small_vit(), written(tmp_path / "dino.pth", small_vit().state_dict())
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    for name in (f"dino-{digest[:8]}.pth", "dino-20261128.pth", "dino-abcdef01-last.pth"):
+        assert model.load_dino(vit, shutil.copy(file, tmp_path / name)) == digest
+    for name in ("dinov3_vits16_pretrain_lvd1689m-08c60483.pth", "dino-00000000.pth"):
+        with pytest.raises(model.WeightsError, match=f"{name}: its SHA-256 begins with {digest[:8]}"):
+            model.load_dino(vit, shutil.copy(file, tmp_path / name))
+
+
+def test_safetensors_are_read_as_the_format_defines_them(tmp_path):
+    tensors = {"a": randn(2, 3), "b": randn(4).bfloat16(), "c": randn(5, 1).half(), "d": randn(2).double(),
+               "scalar": torch.tensor(7), "empty": torch.zeros(0, 4), "nan": torch.tensor([math.nan]),
+               "flags": torch.tensor([True, False, True]), "bytes": torch.arange(3, dtype=torch.uint8)}
+    found, digest = model.read_tensors(written(tmp_path / "a.safetensors", safetensors(tensors)))
+    assert found.keys() == tensors.keys() and len(digest) == 64
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype and found[name].shape == tensor.shape
+        assert raw(found[name]) == raw(tensor)
+
+
+def test_damaged_safetensors_are_refused_whatever_is_wrong(tmp_path):
+    two = {"a": randn(2), "b": randn(2)}
+    good = safetensors(two)
+    entry = '"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}'
+
+    def lying(begin=8, end=16, shape=(2,), dtype="F32"):
+        return safetensors(two, b={"dtype": dtype, "shape": shape, "data_offsets": [begin, end]})
+
+    def header(text, size=None):
+        return struct.pack("<Q", len(text) if size is None else size) + text.encode()
+
+    for content in (lying(), header("{" + entry + "}") + bytes(8)):
+        assert "a" in model.read_tensors(written(tmp_path / "good.safetensors", content))[0]
+    place, size = "does not lie where", "its header should have"
+    cases = {"a hole": (lying(16, 24) + bytes(8), place), "an overlap": (lying(4, 12)[:-4], place),
+             "beyond the end": (lying(8, 24, (4,)), place), "before the data": (lying(-8, 0), place),
+             "backwards": (lying(8, 0), place), "cut": (good[:-1], place),
+             "a lying shape": (lying(shape=(3,)), place),
+             "huge": (lying(shape=(2 ** 62, 4)), place), "a byte too many": (good + b"x", "1 bytes too many"),
+             "negative": (lying(shape=(-1, -2)), ""), "true": (lying(shape=(True, 2)), ""),
+             "float": (lying(end=16.0), ""), "no list": (lying(shape="ab"), ""),
+             "F4": (lying(dtype="F4"), "'b' has the unknown type 'F4'"),
+             "a list as type": (lying(dtype=[]), ""),
+             "no entry": (safetensors(two, b=7), ""),
+             "no offsets": (safetensors(two, b={"dtype": "F32", "shape": [2]}), ""),
+             "twice": (header("{" + entry + "," + entry + "}") + bytes(8), "a name stands twice"),
+             "no JSON": (good.replace(b'"b":', b'"b";'), ""),
+             "no UTF-8": (good.replace(b'"b"', b'"\xff"'), ""),
+             "cut in the header": (good[:40], size), "a long header": (header("{}", size=2 ** 63), size),
+             "a header beyond the end": (header("{}", size=3), size),
+             "a header that no writer writes": (header("{" + " " * 10 ** 8 + "}"), size),
+             "nested": (header('{"a":' + "[" * 200_000), "")}
+    for name, (content, words) in cases.items():
+        with pytest.raises(model.WeightsError, match="not a file of plain tensors, or damaged") as error:
+            model.read_tensors(written(tmp_path / "bad.safetensors", content))
+        message = str(error.value)
+        assert "bad.safetensors" in message and "\n" not in message and words in message, (name, message)
+
+
+def test_mutated_weights_load_or_are_refused_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(model, "BACKBONES", {})           # takes time to compare with
+    torch.manual_seed(0)
+    sizes = dict(img_size=8, patch_size=4, embed_dim=8, depth=2, num_heads=1)
+    vit, v3 = model.VisionTransformer(**sizes), model.VisionTransformer(**sizes, registers=4, rope=True)
+    gammas = {f"blocks.{i}.ls{j}.gamma": torch.ones(8) for i in (0, 1) for j in (1, 2)}
+    apart = {name.replace("qkv.weight", x + ".weight"): value.chunk(3)["qkv".index(x)]
+             for name, value in v3.state_dict().items() if not name.endswith("qkv.bias")
+             for x in ("qkv" if name.endswith("qkv.weight") else "q")}
+    states = [(vit, hugging_face(vit.state_dict())), (vit, vit.state_dict() | gammas), (v3, apart)]
+    rng, refusals, file = np.random.default_rng(0), 0, tmp_path / "weights.safetensors"
+    for turn in range(240):
+        target, state = states[turn % 3]
+        content, whole = bytearray(safetensors(state)), turn % 2
+        header = 8 + struct.unpack("<Q", content[:8])[0]
+        for _ in range(rng.integers(1, 4)):               # in the header mostly, with a character of JSON
+            at = rng.integers(0, header if whole else len(content))
+            content[at] = rng.choice(list(b'0123456789[]{},":abF-')) if whole else rng.integers(0, 256)
+        try:
+            model.load_dino(target, written(file, bytes(content)))
+        except model.WeightsError as error:
+            refusals += 1
+            assert "\n" not in str(error) and str(error).startswith(str(file))
+    assert 120 < refusals < 240
+    for shape in ((), (1,), (3, 8), (2, 2, 2)):           # of one tensor, of many
+        for target, state in states:
+            with pytest.raises(model.WeightsError):
+                changed = {name: torch.ones(shape) for name in state if ".att" in name}
+                model.load_dino(target, written(file, safetensors(state | changed)))
+            for name in state:
+                if state[name].shape != shape and name != "periods":
+                    with pytest.raises(model.WeightsError):
+                        model.load_dino(target, written(file, safetensors(state | {name: torch.ones(shape)})))
+
+
+def test_a_failed_fetch_names_where_else_the_same_weights_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    no_route = raising(OSError("no route"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *args, progress: no_route())
+    assert model.REPOSITORIES.keys() | {"tiny"} == model.BACKBONES.keys()
+    for name in model.REPOSITORIES:
+        with pytest.raises(model.WeightsError, match=f"^{name}: ") as error:
+            model.backbone(name)
+        words = ["--weights", "\\bhuggingface.co/facebook/dino", "\\bhuggingface.co/timm/vit_"]
+        words += (["github.com/facebookresearch/dinov3", "form"] if "v3" in name
+                  else ["no route", model.WEIGHTS_URL])
+        assert all(re.search(word, str(error.value)) for word in words) and "\n" not in str(error.value)
+
+
 class Payload:
     def __reduce__(self):
         return os.system, ("echo this must never run",)
 
 
 def test_weights_that_do_not_fit_or_are_no_weights_are_named(tmp_path, capfd):
+    def named(backbone):
+        with torch.device("meta"):
+            shapes = model.VisionTransformer(**model.BACKBONES[backbone][0]).state_dict()
+        return {name: torch.zeros(1).expand(value.shape) for name, value in shapes.items()}
+
     vit, state = small_vit(), small_vit().state_dict()
+    gammas = {f"blocks.{i}.ls{j}.gamma": torch.ones(48) for i in range(3) for j in (1, 2)}
     torch.save(state, tmp_path / "whole.pt")
     cases = {"patch.pt": (state | {"patch_embed.proj.weight": torch.zeros(48, 3, 16, 16)},
                           "patch_embed.proj.weight"),
@@ -711,16 +965,29 @@ def test_weights_that_do_not_fit_or_are_no_weights_are_named(tmp_path, capfd):
              "code.pt": ({"a": Payload()}, "not a file of plain tensors"),
              "list.pt": ([1, 2], "no state dict"),
              "swiglu.pt": ({k: v for k, v in state.items() if ".fc" not in k}     # LayerScale before no fc2
-                           | {"blocks.0.ls2.gamma": torch.ones(48)}, "12 tensors missing"),
-             "224.pt": (state | {"pos_embed": torch.zeros(1, 197, 48)}, "pos_embed is (1, 197, 48)"),
-             "safe.pt": (struct.pack("<Q", 2) + b"{}", "safetensors"),
+                           | gammas | {"blocks.0.mlp.w12.weight": torch.ones(9)}, "SwiGLU"),
+             "fc.pt": ({k: v for k, v in state.items() if ".fc" not in k} | gammas, "12 tensors missing"),
+             "gamma.pt": (state | {"blocks.0.ls2.gamma": torch.ones(48)}, "2 tensors missing"),
+             "wide.pt": (state | {"pos_embed": torch.zeros(1, 197, 32)}, "pos_embed is (1, 197, 32)"),
+             "safe.pt": (struct.pack("<Q", 2) + b"{}", "no state dict"),
+             "head.pt": ({"head.weight": torch.zeros(5, 48), "head.bias": torch.zeros(5)}, "heads without"),
+             "resnet.pt": ({"conv1.weight": torch.zeros(8, 3, 7, 7)}, "['conv1.weight']"),
+             "twice.pt": (state | {"module.norm.bias": torch.zeros(48)}, "'module.norm.bias' is the second"),
+             "int8.pt": (state | {"norm.bias": torch.ones(48, dtype=torch.int8)}, "norm.bias is not finite"),
+             "sparse.pt": (state | {"norm.bias": torch.ones(48).to_sparse()}, "no state dict"),
+             "index.json": (b'{"metadata": {}, "weight_map": {}}', "index"),
+             "pointer.pt": (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+             "page.pt": (b"<!DOCTYPE html>", "web page"),
+             "vits16.pt": (named("vits16"), "give --backbone vits16"),
+             "v2.pt": ({f"dinov2.{n}": v for n, v in named("dinov2_vits14_reg").items()},
+                       "give --backbone dinov2_vits14_reg"),
+             "s+.pt": (named("dinov3_vits16") | {"blocks.0.mlp.gate_proj.weight": torch.zeros(1536, 384)},
+                       "12 blocks with SwiGLU, width 384, patches of 16: no --backbone"),
              "short.pt": ((tmp_path / "whole.pt").read_bytes()[:5000], "damaged"),
              "none.pt": (None, "No such file")}
     for name, (content, message) in cases.items():
-        if isinstance(content, bytes):
-            (tmp_path / name).write_bytes(content)
-        elif content is not None:
-            torch.save(content, tmp_path / name)
+        if content is not None:
+            written(tmp_path / name, content)
         with pytest.raises(model.WeightsError, match=re.escape(message)) as error:
             model.load_dino(vit, tmp_path / name)
         assert name in str(error.value) and "\n" not in str(error.value)
@@ -2829,6 +3096,30 @@ def test_golden_dinov2_and_v3_with_registers_rotary_positions_and_layer_scale(fi
         assert np.mean(abs(maps.numpy() - z["cam"]) > 2e-4) <= 0.005
 
 
+@golden("weights/*.npz")
+def test_golden_files_that_hugging_face_and_timm_write(file, z, tmp_path, monkeypatch):
+    """transformers 5.24 and timm 1.0.31, files and models: tokens within 2e-5, with their fp32 periods
+    (decision 29). Without any one of its tensors a file is refused, and with one more."""
+    sizes = json.loads(str(z["arch"]))
+    vit = model.VisionTransformer(**sizes).eval().requires_grad_(False)
+    model.load_dino(vit, file.parent / str(z["weights"]))
+    if vit.periods is not None:
+        theirs = 100 ** (torch.arange(len(vit.periods)) / len(vit.periods))
+        assert torch.equal(vit.periods, theirs.bfloat16().float())
+        vit.periods = theirs
+    near(vit(torch.from_numpy(z["x"]))[0], z["tokens"], 2e-5)
+    state, _ = model.read_tensors(file.parent / str(z["weights"]))
+    monkeypatch.setattr(model, "BACKBONES", {})           # takes time to compare with
+    for name in state:
+        if "mask_token" not in name:
+            torch.save({n: value for n, value in state.items() if n != name}, tmp_path / "less.pth")
+            with pytest.raises(model.WeightsError, match="missing|unknown| is "):
+                model.load_dino(vit, tmp_path / "less.pth")
+    torch.save(state | {"blocks.0.mlp.gate_proj.weight": torch.ones(4, 4)}, tmp_path / "more.pth")
+    with pytest.raises(model.WeightsError, match="SwiGLU"):
+        model.load_dino(vit, tmp_path / "more.pth")
+
+
 @golden("dino_tinydim_*.npz")
 def test_golden_small_vit_at_any_size(z, c):
     """DINO's ViT: tokens within 1e-5 (eps 1e-5 shows as 2e-5), CLS row of the last attention within 1e-6."""
@@ -3068,9 +3359,12 @@ def test_golden_readme_has_a_row_for_every_test_and_the_tests_read_every_shipped
     readme = (SHIPPED / "README.md").read_text()
     for pattern, test in READERS.items():
         assert f"`{pattern}` | `{test}`" in readme and list(SHIPPED.glob(pattern)), pattern
-    shipped = [file for file in SHIPPED.iterdir() if file.name != "README.md"]
-    assert all(any(file.match(pattern) for pattern in READERS) for file in shipped)
-    assert sum(file.stat().st_size for file in shipped) < 420_000
+    shipped = [file for file in SHIPPED.rglob("*.*") if file.name != "README.md"]
+    read = [file for file in shipped if any(file.match(pattern) for pattern in READERS)]
+    read += [file.parent / str(np.load(file)["weights"]) for file in read if file.parent.name == "weights"]
+    assert sorted(read) == sorted(shipped)
+    for folder, limit in ((SHIPPED, 420_000), (SHIPPED / "weights", 500_000)):
+        assert sum(file.stat().st_size for file in shipped if file.parent == folder) < limit
 
 
 # ----------------------------------------------------------------------------
