@@ -522,14 +522,14 @@ def coco_table(kind):
 def class_shares(pixels, names):
     """One line on the classes that labels show, and their shares of all pixels, the largest first.
 
-    pixels   (256,) or (n + 1,): how many pixels have each class index; void stands behind the n classes
+    pixels   (256,) or (n + 1,): how many pixels have each class index; the last is void
     """
     total = max(1, pixels.sum())
     shown = sorted(((n / total, name) for n, name in zip(pixels, names) if n), reverse=True)
     shares = shown[:12]
     if len(shown) > 12:
         shares.append((sum(share for share, _ in shown[12:]), f"{len(shown) - 12} others"))
-    shares.append((pixels[len(names):].sum() / total, "void"))
+    shares.append((pixels[-1] / total, "void"))
     return (f"labels show {len(shown)} of {len(names)} classes: "
             + ", ".join(f"{name} {100 * share:.1f} %" for share, name in shares))
 

@@ -848,6 +848,7 @@ def test_what_is_read_is_said_in_one_line(tmp_path):
     photos, picture = tmp_path / "photos", Image.new("RGB", (4, 3))
     for name in ("a.jpg", "b.JPG", "sub/c.jpg"):
         save(photos / name, format="JPEG")
+    save(photos / "b.JPG", picture, format="MPO", save_all=True, append_images=[picture])         # a phone's
     save(photos / "cut out.png", ("RGBA", (4, 3), 0))
     save(photos / "mask.png", np.zeros((3, 4), np.uint8), data.palette())
     save(photos / "grey.png", ("L", (4, 3), 0))
@@ -983,6 +984,7 @@ def test_photographs_without_a_mask_are_counted_and_what_does_not_fit_is_named(t
     assert source.ids == ["b", "d"] and [int(source.label(i).mean()) for i in range(2)] == [0, 1]
     assert source.summary().endswith(f"labels in {tmp_path}/masks; 2 photographs have no mask, "
                                      "1 masks have no photograph")
+    assert data.without_common_end(["a10_b_x", "a20_b_x"]) == ["a10", "a20"]      # the 0 is no ending
     values = np.full((10, 12), 255, np.uint8)
     values[:, :4] = 2
     save(source.labels[0], values)
@@ -1649,7 +1651,7 @@ def test_check_names_labels_whose_classes_were_interpolated(tmp_path, change):
 
 def test_a_class_that_is_somewhere_three_pixels_wide_is_no_line():
     label = np.zeros((9, 9), np.uint8)
-    label[:, 1], label[3:6, 3:6], label[7:], label[2, 7] = 1, 2, 3, 255
+    label[:, 1], label[2:5, 3:6], label[6:8], label[1, 7] = 1, 2, 3, 255          # 3: two rows
     assert get_data.lines_alone(label) == {1, 3}
     assert get_data.lines_alone(label[:2, :2]) == {0, 1}
 
@@ -1910,6 +1912,12 @@ def test_an_sbd_that_lacks_a_mask_or_is_damaged_is_named_and_voc_has_to_be_there
         shutil.rmtree(base / "SegmentationClassAug", ignore_errors=True)
         refused(lambda: get_data.download("voc-aug", root), file, reason, "move it away")
         assert not (base / "ImageSets/Segmentation/train_aug.txt").exists()
+    file.write_bytes(whole)
+    shutil.rmtree(base / "SegmentationClassAug")
+    monkeypatch.setattr(os, "replace", raising(OSError(28, "No space left on device")))
+    message = refused(lambda: get_data.download("voc-aug", root), base / "SegmentationClassAug",
+                      "cannot be written (No space left on device)")
+    assert "move it away" not in message and not (base / "ImageSets/Segmentation/train_aug.txt").exists()
 
 
 # ----------------------------------------------------------------------------
