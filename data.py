@@ -172,7 +172,6 @@ MACHINE_IS_FULL = ("can't allocate memory", "not enough memory", "cannot allocat
 GPU_IS_FULL = ("out of memory", "alloc_failed")
 
 
-
 class UserError(OSError):
     """Something that a user can put right. The message is one line: what is wrong, where, what to do."""
 
@@ -427,22 +426,25 @@ def read_list(file, known):
         path = re.split(suffix, line, maxsplit=1, flags=re.IGNORECASE)[0]
         name = re.split(r"[/\\]", path)[-1]
         from_latin_1 = name.encode("utf-8", "surrogateescape").decode("latin-1")
-        names.append(next((n for n in (name, from_latin_1) if n in known), (name.split() or [name])[0]))
-    name, times = Counter(names).most_common(1)[0]
+        first_word = (name.split() or [name])[0]
+        names.append(next((n for n in (name, from_latin_1) if n in known), first_word))
+    most_frequent, times = Counter(names).most_common(1)[0]
     if times > 1:
-        raise UserError(f"{file}: {name} is listed twice; take one out")
+        raise UserError(f"{file}: {most_frequent} is listed twice; take one out")
     return names
 
 
 def read_class_names(file):
-    """Names of classes from a file of one's own, one a line, in the order of their numbers from 0 on."""
+    """Names of classes in a file of one's own, one a line, from number 0 on. Raises UserError."""
+    if not file.is_file():
+        raise UserError(f"{file}: no such file; write the names of the classes there, a line each, from 0 on")
     names = read_lines(file)
     if not 2 <= len(names) <= VOID or not all(name.isprintable() for name in names):
         raise UserError(f"{file}: {len(names)} lines; 2 to {VOID} expected, in UTF-8, one for each class")
     return names
 
 
-def in_words(counts, most=4):
+def in_words(counts, most=10):
     """What a Counter has, the most frequent first: "30 .jpg, 7 .png"; rare kinds are added up."""
     words = [f"{n} {kind}" for kind, n in counts.most_common(most)]
     others = counts.total() - sum(n for _, n in counts.most_common(most))
@@ -520,14 +522,14 @@ def coco_table(kind):
 def class_shares(pixels, names):
     """One line on the classes that labels show, and their shares of all pixels, the largest first.
 
-    pixels   (256,) or (n + 1,): how many pixels have each class index; void stands behind the n classes
+    pixels   (256,) or (n + 1,): how many pixels have each class index; the last is void
     """
     total = max(1, pixels.sum())
     shown = sorted(((n / total, name) for n, name in zip(pixels, names) if n), reverse=True)
     shares = shown[:12]
     if len(shown) > 12:
         shares.append((sum(share for share, _ in shown[12:]), f"{len(shown) - 12} others"))
-    shares.append((pixels[len(names):].sum() / total, "void"))
+    shares.append((pixels[-1] / total, "void"))
     return (f"labels show {len(shown)} of {len(names)} classes: "
             + ", ".join(f"{name} {100 * share:.1f} %" for share, name in shares))
 
@@ -569,7 +571,9 @@ class Dataset:
         """One line on what is read: how many images, of which suffixes and in which folders."""
         suffixes = Counter(file.suffix.lower() for file in self.images)
         folders = Counter(str(file.parent) for file in self.images)
-        where = f"{len(folders)} folders: {in_words(folders)}" if len(folders) > 1 else self.images[0].parent
+        where = self.images[0].parent
+        if len(folders) > 1:
+            where = f"{len(folders)} folders: {in_words(folders, 4)}"
         labels = f", labels in {self.labels[0].parent}" if self.labels else ""
         return f"{len(self)} images ({in_words(suffixes)}) in {where}{labels}"
 
@@ -770,7 +774,7 @@ class Folder(Dataset):
             self.images += images
 
     def what_is_left_out(self):
-        words = in_words(+self.left_out, 10)
+        words = in_words(self.left_out)
         return f"; left out: {words} (convert pictures among these to JPEG)" if words else ""
 
     def summary(self):
@@ -808,10 +812,13 @@ class Masks(Folder):
                  if name in label_of]
         if not pairs:
             raise UserError(f"{masks}: no mask is named like a photograph (the first are {labels.ids[0]} and "
-                            f"{self.ids[0]}); give them the same names")
-        self.left_out["photographs without a mask"] = len(self.ids) - len(pairs)
-        self.left_out["masks without a photograph"] = len(set(label_names) - set(names))
+                            f"{self.ids[0]}); give them the same names, and subfolders")
+        self.unpaired = (f"; {len(self.ids) - len(pairs)} photographs have no mask, "
+                         f"{len(set(label_names) - set(names))} masks have no photograph")
         self.ids, self.images, self.labels = map(list, zip(*pairs))
+
+    def summary(self):
+        return super().summary() + self.unpaired
 
 
 def raise_unreadable(source):
@@ -885,23 +892,27 @@ def new_object(rng, category):
 
 def _draw_object(image, label, thing, cx, cy, radius):
     """Paint one object at (cx, cy) with this radius, all in shares of the image."""
-    size, shape = len(image), SHAPES[thing["category"]]
-    u, v = _axes(size, cx, cy, thing["turn"])
-    u, v = u / radius * thing["aspect"], v / radius / thing["aspect"]
-    r, f, p, shade = np.hypot(u, v), thing["frequency"], thing["phase"], thing["shade"]
+    shape = SHAPES[thing["category"]]
+    frequency, phase, shade = thing["frequency"], thing["phase"], thing["shade"]
+    along, across = _axes(len(image), cx, cy, thing["turn"])
+    u, v = along / radius * thing["aspect"], across / radius / thing["aspect"]
+    r = np.hypot(u, v)
     if shape == "disc":                                   # inside > 0 in the object, whose radius is about 1
-        inside, texture = 1 - r, np.sin(12 * f * r + p)
+        inside = 1 - r
+        texture = np.sin(12 * frequency * r + phase)
     elif shape == "square":
-        inside, texture = 0.85 - np.maximum(abs(u), abs(v)), 3 * np.sin(7 * f * u + p) * np.sin(7 * f * v + p)
+        inside = 0.85 - np.maximum(abs(u), abs(v))
+        texture = 3 * np.sin(7 * frequency * u + phase) * np.sin(7 * frequency * v + phase)
     elif shape == "triangle":
         inside = 0.55 - np.maximum(-v, np.maximum(0.866 * u + 0.5 * v, 0.5 * v - 0.866 * u))
-        texture = np.sin(20 * f * v + p)
+        texture = np.sin(20 * frequency * v + phase)
     elif shape == "star":
-        inside, texture = 0.68 + 0.3 * np.cos(5 * np.arctan2(v, u)) - r, 0.5 - 0.35 * r
+        inside = 0.68 + 0.3 * np.cos(5 * np.arctan2(v, u)) - r
+        texture = 0.5 - 0.35 * r
     else:                                                 # cross
         inside = np.maximum(np.minimum(0.36 - abs(u), 1 - abs(v)), np.minimum(0.36 - abs(v), 1 - abs(u)))
-        texture = 2 * np.cos(11 * f * u) * np.cos(11 * f * v) - 0.6
-    alpha = np.clip(0.5 + inside * radius * size, 0, 1)   # one pixel of smooth edge
+        texture = 2 * np.cos(11 * frequency * u) * np.cos(11 * frequency * v) - 0.6
+    alpha = np.clip(0.5 + inside * radius * len(image), 0, 1)             # one pixel of smooth edge
     mix = np.clip(0.5 + 0.9 * texture, 0, 1)[..., None]
     light = np.clip(1 + 0.25 * (u * math.cos(shade) + v * math.sin(shade)), 0.5, 1.5)[..., None]
     _paint(image, alpha, (thing["light"] * mix + thing["dark"] * (1 - mix)) * light)
@@ -979,7 +990,9 @@ def dataset(name, root="data", split="train", classes=20, seed=0, cache=None):
 
     root      folder of the data set, or the images of `folder`
     split     train or val; `folder` has no split
-    classes   clusters of `folder`; seed: of the scenes of `shapes`; cache: folder for COCO's list of samples
+    classes   clusters of `folder`
+    seed      of the scenes of `shapes`
+    cache     folder for COCO's list of samples
     """
     if name not in NAMES:
         raise UserError(f"{name}: no such data set; choose from {', '.join(NAMES)}")

@@ -1048,7 +1048,105 @@ def test_what_a_user_can_mend_is_one_line_with_the_name_of_the_program(tmp_path)
     assert ends(2, "", "data.py", cwd=tmp_path) == "data.py: data.png: Is a directory\n"
 
 
+NUMPY_MEMORY = np._core._exceptions._ArrayMemoryError((9 ** 9,), np.dtype(int))
+
+
+@pytest.mark.parametrize("error, code, words", (
+    (data.UserError("a.jpg: broken; leave it out"), 2, "a.jpg: broken; leave it out"),
+    (model.WeightsError("w.pt: no weights"), 2, "w.pt: no weights"),
+    (FileNotFoundError(2, "No such file", "a.jpg"), 2, "a.jpg: No such file"),
+    (OSError(28, "No space\nleft"), 2, "No space left"),
+    (torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 9 GiB."), 2, "memory on the GPU"),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), 2, "on the GPU"),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you"),
+     2, "memory on this machine"),
+    (RuntimeError("DefaultCPUAllocator: not enough memory: you tried"), 2, "memory on this machine"),
+    (NUMPY_MEMORY, 2, "memory on this machine"), (MemoryError(), 2, "memory on this machine"),
+    (FloatingPointError("step 3: ce not finite"), 1, "step 3: ce not finite"),
+    (ConnectionError("process 1 is gone"), 1, "process 1 is gone"),
+    (BrokenPipeError(32, "Broken pipe"), 1, "")))
+def test_each_error_of_a_program_is_one_line_and_an_exit_code(capsys, monkeypatch, error, code, words):
+    monkeypatch.setattr(sys, "argv", ["/a/program.py"])
+    assert data.exit_code(raising(error)) == code
+    line, = capsys.readouterr().err.splitlines()
+    assert line.startswith("program.py: ") and words in line and "Traceback" not in line
+    if "on the GPU" in words or "on this machine" in words:
+        assert "--accumulate" in line and "--size" in line and ("--device cpu" in line) == ("GPU" in words)
+
+
+def test_a_mistake_of_ours_has_a_traceback_and_exit_codes_of_a_program_pass(capsys):
+    assert data.exit_code(raising(RuntimeError("CUDA error: device-side assert"))) == 1
+    assert "Traceback" in capsys.readouterr().err
+    assert (data.exit_code(lambda: None), data.exit_code(lambda: 130)) == (0, 130)
+    for error in (SystemExit(2), KeyboardInterrupt()):    # of argparse; of Ctrl-C
+        with pytest.raises(type(error)):
+            data.exit_code(raising(error))
+
+
+def test_a_file_is_whole_or_as_it_was_and_what_killed_writes_left_is_removed_when_it_is_old(
+        tmp_path, monkeypatch):
+    file = tmp_path / "new" / "a.json"
+    data.write_whole(str(file), lambda f: f.write(b"old"))
+    with pytest.raises(ZeroDivisionError):
+        data.write_whole(file, raising(ZeroDivisionError()))
+    assert file.read_bytes() == b"old" and os.listdir(file.parent) == ["a.json"]
+    monkeypatch.setattr(os, "replace", raising(KeyboardInterrupt()))              # killed at the end
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            data.write_whole(file, lambda f: f.write(b"new"), sync=False)
+    left = sorted(file.parent.glob(f"a.json.*{data.TEMPORARY}"))
+    assert len(left) == 2 and [f.read_bytes() for f in (file, *left)] == [b"old", b"new", b"new"]
+    data.remove_temporary(file.parent)                    # another process may be writing these
+    assert len(list(file.parent.iterdir())) == 3
+    os.utime(left[0], (0, 0))
+    data.remove_temporary(file.parent)
+    assert sorted(file.parent.iterdir()) == [file, left[1]]
+    data.remove_temporary(tmp_path / "none")              # no folder yet: nothing to remove
+
+
 # ---- classes and layouts
+
+
+def test_shares_of_classes_are_those_of_all_pixels_the_largest_first_and_rare_ones_are_added_up():
+    pixels = np.bincount([0, 0, 0, 2, 255], minlength=256)
+    assert (data.class_shares(pixels, ["a", "b", "c"]) == data.class_shares(pixels[[0, 1, 2, 255]], "abc")
+            == "labels show 2 of 3 classes: a 60.0 %, c 20.0 %, void 20.0 %")
+    line = data.class_shares(np.array([50, *[2] * 20, 10]), data.VOC_NAMES)
+    assert line.startswith("labels show 21 of 21 classes: background 50.0 %, tvmonitor 2.0 %, ")
+    assert line.endswith(", 9 others 18.0 %, void 10.0 %") and line.count(" 2.0 %") == 11
+    assert data.class_shares(np.zeros(4, int), "abc") == "labels show 0 of 3 classes: void 0.0 %"
+
+
+def test_what_is_read_is_said_in_one_line(tmp_path):
+    assert data.Shapes("val", 3).summary() == "100 scenes rendered from seed 3"
+    base = make_voc(tmp_path / "VOC2012")
+    assert data.VOC(tmp_path).summary() == (
+        f"2 images (2 .jpg) in {base}/JPEGImages, labels in {base}/SegmentationClass")
+    root = make_coco(tmp_path / "coco", {"a": 3, "b": 7})
+    assert data.COCO(root).summary() == (
+        f"2 images (2 .jpg) in {root}/images/train2017, labels in {root}/annotations/train2017")
+    photos, picture = tmp_path / "photos", Image.new("RGB", (4, 3))
+    for name in ("a.jpg", "b.JPG", "sub/c.jpg"):
+        save(photos / name, format="JPEG")
+    save(photos / "b.JPG", picture, format="MPO", save_all=True, append_images=[picture])         # a phone's
+    save(photos / "cut out.png", ("RGBA", (4, 3), 0))
+    save(photos / "mask.png", np.zeros((3, 4), np.uint8), data.palette())
+    save(photos / "grey.png", ("L", (4, 3), 0))
+    save(photos / "grey16.png", ("I;16", (4, 3), 0))
+    save(photos / "pages.tif", picture, save_all=True, append_images=[picture] * 2)
+    save(photos / "bands.tif", ("RGBA", (4, 3), 0))       # the fourth need not be alpha
+    (photos / "broken.webp").write_bytes(b"RIFF")
+    for name in ("x.HEIC", "sub/y.heic", "notes", "z.raf"):
+        (photos / name).write_bytes(b"")
+    assert data.Folder(photos).summary() == (
+        f"10 images (4 .png, 3 .jpg, 2 .tif, 1 .webp) in 2 folders: 9 {photos}, 1 {photos}/sub; "
+        "1 that cannot be read; 1 with alpha, laid on white; 2 in grey; "
+        "1 with a palette, as label maps have; 1 with several pages, the first is used; "
+        "left out: 2 .heic, 1 without suffix, 1 .raf (convert pictures among these to JPEG)")
+    assert data.Folder(photos / "a.jpg").summary() == f"1 images (1 .jpg) in {photos}"
+    found = data.Folder(photos)
+    found.limit(4)
+    assert found.summary().startswith(f"4 images (2 .jpg, 1 .tif, 1 .webp) in {photos}; 1 that cannot")
 
 
 def test_coco_classes_have_the_names_of_the_published_ids():
@@ -1091,6 +1189,119 @@ def test_voc_loads_from_every_accepted_root_and_by_lists_of_other_makers(tmp_pat
         assert data.VOC(tmp_path).ids == [name]
     train.limit(1)
     assert len(train) == len(train.images) == len(train.labels) == 1
+
+
+def test_voc_takes_lists_and_pictures_of_other_names_and_names_those_that_are_there(tmp_path):
+    base = make_voc(tmp_path / "VOC2012", aug=True)
+    lists, images = base / "ImageSets/Segmentation", base / "JPEGImages"
+    (lists / "train_aug.txt").rename(lists / "trainaug.txt")                      # as most projects call it
+    assert len(data.VOC(tmp_path, aug=True)) == 3
+    (lists / "trainaug.txt").rename(lists / "more.txt")
+    there = "(here: more.txt, train.txt, val.txt)"
+    refused(lambda: data.VOC(tmp_path, aug=True), lists / "train_aug.txt", there)
+    refused(lambda: data.VOC(tmp_path, "test"), lists / "test.txt", there, "write it, or get it with")
+    first, second = data.VOC(tmp_path).ids
+    (images / f"{first}.jpg").rename(images / f"{first}.JPEG")
+    save(images / f"{second}.tif", ("RGB", (13, 10), 0))  # there is a .jpg of that name
+    save(base / f"SegmentationClass/{first}.bmp", np.full((10, 12), 3, np.uint8))
+    (base / f"SegmentationClass/{first}.png").unlink()
+    source = data.VOC(tmp_path)
+    assert [file.name for file in source.images] == [f"{first}.JPEG", f"{second}.jpg"]
+    assert (source.label(0) == 3).all() and (source.label(1) == 1).all()
+    (lists / "train.txt").write_text(f"images/{first}.JPEG masks/{first}.bmp\nmasks\\{second}.tif\n")
+    assert data.VOC(tmp_path).ids == [first, second]
+    images.rename(base / "images")
+    refused(lambda: data.VOC(tmp_path), base / "JPEGImages", "(here: ImageSets, SegmentationClass, ")
+
+
+def test_voc_of_ones_own_has_the_classes_of_names_txt(tmp_path):
+    base = make_voc(tmp_path)
+    file = base / "ImageSets/Segmentation/names.txt"
+    for encoding in ("utf-8-sig", "utf-16"):
+        file.write_text("road\nHäuser aus Stein\n\nsky \n", encoding)
+        source = data.VOC(tmp_path)
+        assert source.names == ["road", "Häuser aus Stein", "sky"]
+        assert source.things == 2 and source.background
+    save(source.labels[0], np.full((10, 12), 2, np.uint8), data.palette()[::-1])  # any colours
+    assert (source.label(0) == 2).all()
+    save(source.labels[0], np.full((10, 12), 3, np.uint8))
+    refused(lambda: source.label(0), source.labels[0], "label value 3", "(0 to 2, and 255)")
+    assert get_data.check_splits("voc", tmp_path) == 1
+    for content in (b"road", b"", b"\n".join(b"%d" % i for i in range(256)), b"road\ncaf\xe9"):
+        file.write_bytes(content)
+        refused(lambda: data.VOC(tmp_path), file)
+
+
+def make_masks(root, photographs, masks, names="road\nsky\ncar\n"):
+    """Photographs and masks of classes 0, 1, 2, 0 ... below root, of these names; returns Masks of both."""
+    for name in photographs:
+        save(root / "photos" / name, ("RGB", (12, 10), 0))
+    for i, name in enumerate(masks):
+        save(root / "masks" / name, np.full((10, 12), i % 3, np.uint8))
+    (root / "masks/names.txt").write_text(names)
+    return data.Masks(root / "photos", root / "masks")
+
+
+@pytest.mark.parametrize("photographs, masks", (
+    (("a.jpg", "b.tif", "sub/c.webp"), ("a.png", "b.png", "sub/c.png")),
+    (("a.jpg", "a_b.jpg", "sub/c.jpg"), ("a_mask.png", "a_b_mask.png", "sub/c_mask.png")),
+    (("a_1_RGB.tif", "a_2_RGB.tif", "b_1_RGB.tif"), ("a_1_label.png", "a_2_label.png", "b_1_label.png")),
+    (("aachen/aachen_000000_000019_leftImg8bit.png", "aachen/aachen_000001_000019_leftImg8bit.png",
+      "bonn/bonn_000000_000019_leftImg8bit.png"),
+     ("aachen/aachen_000000_000019_gtFine_labelTrainIds.png",
+      "aachen/aachen_000001_000019_gtFine_labelTrainIds.png",
+      "bonn/bonn_000000_000019_gtFine_labelTrainIds.png"))))
+def test_masks_belong_to_the_photographs_of_their_names_or_endings(tmp_path, photographs, masks):
+    source = make_masks(tmp_path, photographs, masks)
+    assert source.names == ["road", "sky", "car"] and source.upright and len(source) == 3
+    assert [str(file.relative_to(tmp_path / "photos")) for file in source.images] == list(photographs)
+    assert [int(source.label(i).mean()) for i in range(3)] == [0, 1, 2]
+    assert source.summary().endswith("0 photographs have no mask, 0 masks have no photograph")
+
+
+def test_photographs_without_a_mask_are_counted_and_what_does_not_fit_is_named(tmp_path):
+    source = make_masks(tmp_path, ("a.jpg", "b.jpg", "c.jpg", "d.jpg"), ("b.png", "d.png", "e.png"))
+    assert source.ids == ["b", "d"] and [int(source.label(i).mean()) for i in range(2)] == [0, 1]
+    assert source.summary().endswith(f"labels in {tmp_path}/masks; 2 photographs have no mask, "
+                                     "1 masks have no photograph")
+    assert data.without_common_end(["a10_b_x", "a20_b_x"]) == ["a10", "a20"]      # the 0 is no ending
+    values = np.full((10, 12), 255, np.uint8)
+    values[:, :4] = 2
+    save(source.labels[0], values)
+    assert np.array_equal(source.label(0), values)        # 255 is void
+    values[0, 0] = 3
+    refused(lambda: source.label(save(source.labels[0], values) and 0), source.labels[0], "label value 3")
+    exif = Image.Exif()
+    exif[0x112] = 6                                       # shown, and scored, as 10 x 12
+    save(source.images[1], ("RGB", (12, 10), 0), exif=exif)
+    refused(lambda: source.label(1), source.labels[1], "12 x 10", "its image 10 x 12", "its EXIF turns it")
+    save(source.labels[1], np.ones((12, 10), np.uint8))
+    assert source.label(1).shape == source.image(1).shape[:2] == (12, 10)
+    (tmp_path / "masks/names.txt").unlink()
+    again = lambda: data.Masks(tmp_path / "photos", tmp_path / "masks")
+    refused(again, tmp_path / "masks/names.txt: no such file; write the names")
+    (tmp_path / "masks/names.txt").write_text("a\nb\n")
+    (tmp_path / "masks").rename(tmp_path / "photos/masks")
+    refused(lambda: data.Masks(tmp_path / "photos/masks", tmp_path / "none"), "none")
+    refused(lambda: data.Masks(save(tmp_path / "x/other.jpg").parent, tmp_path / "photos/masks"),
+            "no mask is named like a photograph (the first are b and other)")
+
+
+def test_all_files_of_a_data_set_that_cannot_be_read_are_named_at_once(tmp_path):
+    source = data.VOC(make_voc(tmp_path, n=16), "train")
+    data.raise_unreadable(source)                         # nothing is wrong
+    source.images[3].write_bytes(b"")
+    refused(lambda: data.raise_unreadable(source), source.images[3], "cannot read this image", "leave it out")
+    source.labels[7].unlink()
+    refused(lambda: data.raise_unreadable(source), f"2 files cannot be used: {source.images[3]}, "
+            f"{source.labels[7]}; ", f"python tools/get_data.py voc --root {tmp_path} --check")
+    for image in source.images:
+        image.write_bytes(b"")
+    message = refused(lambda: data.raise_unreadable(source), "15 files cannot be used", " and 5 more; ")
+    assert message.count(".jpg") == 10
+    for photos in (tmp_path / "JPEGImages", [tmp_path / "JPEGImages"]):
+        refused(lambda: data.raise_unreadable(data.Folder(photos)), "get_data.py folder --root "
+                f"{tmp_path}/JPEGImages --check")
 
 
 def test_each_missing_piece_of_voc_is_named_with_the_command_that_gets_it(tmp_path):
@@ -1295,6 +1506,57 @@ def test_images_of_unknown_range_are_refused(tmp_path):
         assert (grey.min(), grey.max()) == (0, 255)
 
 
+def test_transparent_pixels_are_white_whatever_colour_hides_there_but_not_those_of_a_tiff(tmp_path):
+    rng = np.random.default_rng(0)
+    cut, colours = rng.random((9, 8)) < 0.5, rng.integers(0, 250, (9, 8, 3), np.uint8)
+    shown, alpha = np.where(cut[..., None], 255, colours), np.where(cut, 0, 255).astype(np.uint8)
+    grey = np.where(cut, 7, 100 + colours[..., 0] // 9).astype(np.uint8)
+    grey_shown = np.where(cut, 255, grey)[..., None].repeat(3, 2)
+    for name in ("rgba.png", "rgba.webp"):
+        file = save(tmp_path / name, np.dstack([colours, alpha]), lossless=True, exact=True)
+        assert np.array_equal(data.open_image(file), shown), name
+    la = Image.merge("LA", [Image.fromarray(grey), Image.fromarray(alpha)])
+    for name, palette, options in (("grey.png", None, {"transparency": 7}), ("la.png", None, {}),
+                                   ("palette.png", np.arange(256).repeat(3), {"transparency": 7})):
+        file = save(tmp_path / name, la if name == "la.png" else grey, palette, **options)
+        assert np.array_equal(data.open_image(file), grey_shown), name
+    half = np.dstack([colours, np.full((9, 8), 128, np.uint8)])
+    expected = colours * (128 / 255) + 255 * (127 / 255)
+    assert abs(data.open_image(save(tmp_path / "half.png", half)) - expected).max() <= 1
+    opaque = np.dstack([colours, np.full((9, 8), 255, np.uint8)])
+    for picture, name in ((opaque, "opaque.png"), (np.dstack([colours, alpha]), "infrared.tif")):
+        assert np.array_equal(data.open_image(save(tmp_path / name, picture)), colours)
+
+
+def test_files_that_pillow_does_not_know_are_called_what_they_are(tmp_path):
+    """A TIFF of five bands, one of three bands of floats, and the first bytes of a HEIC and of a BigTIFF."""
+    def tiff(samples, bits, kind):                        # 2 x 2 pixels in one strip
+        tags = [(256, 3, [2]), (257, 3, [2]), (258, 3, [bits] * samples), (259, 3, [1]), (262, 3, [1]),
+                (273, 4, [8]), (277, 3, [samples]), (278, 3, [2]), (279, 4, [4 * samples * bits // 8]),
+                (339, 3, [kind] * samples)]
+        directory, rest = struct.pack("<H", len(tags)), b""
+        start = 8 + 4 * samples * bits // 8               # of the directory
+        for tag, number, values in tags:
+            value = struct.pack(f"<{len(values)}{'H' if number == 3 else 'I'}", *values)
+            if len(value) > 4:
+                value, rest = struct.pack("<I", start + 6 + 12 * len(tags) + len(rest)), rest + value
+            directory += struct.pack("<HHI", tag, number, len(values)) + value.ljust(4, b"\0")
+        return b"II*\0" + struct.pack("<I", start) + bytes(start - 8) + directory + bytes(4) + rest
+
+    for name, content, kind, advice in (
+            ("five.tif", tiff(5, 8, 1), "a TIFF of more bands", "save three bands with 8 bits"),
+            ("floats.tif", tiff(3, 32, 3), "a TIFF of more bands", "save three bands with 8 bits"),
+            ("big.tif", b"MM\0+" + bytes(99), "a TIFF", "save three bands"),
+            ("photo.heic", b"\0\0\0\x18ftypheic" + bytes(99), "HEIC", "convert it to JPEG"),
+            ("photo.jpg", b"\0\0\0\x18ftypmif1" + bytes(99), "HEIC", "convert it to JPEG")):
+        (tmp_path / name).write_bytes(content)
+        for read in (data.open_image, data.open_label):
+            message = refused(lambda: read(tmp_path / name), tmp_path / name, kind, advice)
+            assert "get it again" not in message
+    (tmp_path / "four.tif").write_bytes(tiff(1, 8, 1))    # the maker above makes what can be read, too
+    assert data.open_image(tmp_path / "four.tif").shape == (2, 2, 3)
+
+
 def test_photographs_are_turned_as_pillow_turns_them_and_data_sets_are_not(tmp_path):
     exif, pixels = Image.Exif(), np.random.default_rng(0).integers(0, 256, (6, 9, 3), np.uint8)
     for exif[0x112] in range(1, 9):
@@ -1440,13 +1702,12 @@ def test_mutated_files_and_pipes_decode_or_are_refused_and_never_warn_or_hang(tm
 # ---- folders
 
 
-def test_a_folder_gives_its_images_and_those_of_subfolders_and_tells_once_what_it_leaves_out(
-        tmp_path, monkeypatch, capsys):
+def test_a_folder_gives_its_images_and_those_of_subfolders_and_says_what_it_leaves_out(tmp_path, capsys):
     root = tmp_path / ".photos"                           # a root may be anything
     for name in ("b.png", "a.JPG", "sub/z/c.jpeg", "sub/a.webp", "Sub2/d.bmp", "sub/e.tif", "b.jpg/c.png",
                  ".ipynb_checkpoints/c.png", "sub/.thumbnails/d.png", "._a.png", "@eaDir/e.png",
-                 "Thumbs/a.png", "sub/h.jfif", "../other/f.png"):
-        save(root / name, format={".JPG": "JPEG", ".jfif": "JPEG"}.get(Path(name).suffix))
+                 "Thumbs/a.png", "sub/h.jfif", "sub/i.jpe", "sub/j.jif", "../other/f.png"):
+        save(root / name, format={".png": "PNG", ".webp": "WEBP", ".bmp": "BMP"}.get(name[-4:], "JPEG"))
     for name in ("x.HEIC", "sub/y.heic", "sub/z/x.heic", "sub/z/w.heic", "b.jpg/z.gif", ".v.heic",
                  "@eaDir/u.gif"):
         (root / name).write_bytes(b"")
@@ -1455,13 +1716,12 @@ def test_a_folder_gives_its_images_and_those_of_subfolders_and_tells_once_what_i
     (root / "sub" / "up").symlink_to("..")                # would never end
     (root / "g.png").symlink_to(tmp_path / "other/f.png")                         # a linked file is an image
     found = data.Folder(root, n_classes=3)
-    assert [line.partition(f"{root}: ")[2] for line in capsys.readouterr().err.splitlines()] == [
-        "2 linked folders left out, first link, up", "1 folders of thumbnails left out, first Thumbs",
-        "4 .heic files left out, first x.HEIC, y.heic, w.heic", "1 .gif files left out, first z.gif"]
-    monkeypatch.setenv("RANK", "1")                       # of several processes one tells
-    assert data.Folder(root).ids == found.ids and not capsys.readouterr().err
-    assert found.ids == ["a", "b", "g", "Sub2/d", "b.jpg/c", "sub/a", "sub/e", "sub/h", "sub/z/c"]
-    assert [found.image(i).shape for i in range(9)] == [(3, 4, 3)] * 9 and found.label(0) is None
+    assert found.summary().endswith(
+        "; left out: 4 .heic, 2 linked folders, 1 folders of thumbnails, 1 .gif, 1 .txt (convert pictures "
+        "among these to JPEG)") and not capsys.readouterr().err
+    assert found.ids == ["a", "b", "g", "Sub2/d", "b.jpg/c", "sub/a", "sub/e", "sub/h", "sub/i", "sub/j",
+                         "sub/z/c"]
+    assert [found.image(i).shape for i in range(11)] == [(3, 4, 3)] * 11 and found.label(0) is None
     assert found.names == ["background", "cluster 1", "cluster 2", "cluster 3"] and found.things == 3
 
 
@@ -1483,7 +1743,8 @@ def test_a_folder_that_is_empty_absent_or_not_readable_is_named(tmp_path, monkey
     private, real = save(tmp_path / "photos/private/a.png").parent, os.scandir
     (tmp_path / "empty" / "below").mkdir(parents=True)
     (tmp_path / "empty" / "readme.txt").write_text("")
-    refused(lambda: data.Folder([private, tmp_path / "empty"]), tmp_path / "empty", "no images", ".jpg")
+    refused(lambda: data.Folder([private, tmp_path / "empty"]), tmp_path / "empty", ".jpg",
+            "no images here; left out: 1 .txt (convert pictures among these to JPEG)")
     refused(lambda: data.Folder(tmp_path / "none"), tmp_path / "none", "no such file or folder")
 
     denied = raising(PermissionError(13, "Permission denied", str(private)))      # a superuser may read all
@@ -1650,6 +1911,34 @@ def test_check_names_labels_that_show_nothing_and_images_that_exif_turns(tmp_pat
     (problem,), pixels = get_data.check(data.VOC(tmp_path))
     assert problem.startswith(f"{void.parent}: no label shows a class other than background")
     assert (pixels[0], pixels[255], pixels.sum()) == (220, 20, 240)
+
+
+@pytest.mark.parametrize("change", ("nothing", "jpeg", "bilinear"))
+def test_check_names_labels_whose_classes_were_interpolated(tmp_path, change):
+    base, label = make_voc(tmp_path), data.shapes(0)[0:2][1]
+    picture = Image.fromarray(np.where(label > 0, label + 9, 0).astype(np.uint8))
+    if change == "jpeg":
+        picture = Image.open(io.BytesIO(encoded(picture, "JPEG", quality=90)))
+    elif change == "bilinear":
+        picture = picture.resize((64, 64)).resize((128, 128), Image.Resampling.BILINEAR)
+    file = save(base / "SegmentationClass/2007_000000.png", picture)
+    save(base / "JPEGImages/2007_000000.jpg", ("RGB", (128, 128), 0))
+    problems, pixels = get_data.check(data.VOC(tmp_path))
+    assert [p.startswith(f"{file}: ") and "classes are but lines of one or two pixels" in p
+            for p in problems] == [True] * (change != "nothing")
+    assert pixels.sum() == 128 * 128 + 130 and (np.count_nonzero(pixels) > 9) == (change != "nothing")
+
+
+def test_a_class_that_is_somewhere_three_pixels_wide_is_no_line():
+    label = np.zeros((9, 9), np.uint8)
+    label[:, 1], label[2:5, 3:6], label[6:8], label[1, 7] = 1, 2, 3, 255          # 3: two rows
+    assert get_data.lines_alone(label) == {1, 3}
+    assert get_data.lines_alone(label[:2, :2]) == {0, 1}
+
+
+def test_get_data_without_a_name_lists_the_names(tmp_path):
+    text = ends(2, "which data set? voc, voc-aug, coco80, cocostuff27", "tools/get_data.py", cwd=tmp_path)
+    assert len(text.splitlines()) == 1 and "shapes" in text and "folder" in text
 
 
 def test_a_name_that_is_not_utf_8_does_not_end_the_list_of_problems(tmp_path):
@@ -1903,6 +2192,12 @@ def test_an_sbd_that_lacks_a_mask_or_is_damaged_is_named_and_voc_has_to_be_there
         shutil.rmtree(base / "SegmentationClassAug", ignore_errors=True)
         refused(lambda: get_data.download("voc-aug", root), file, reason, "move it away")
         assert not (base / "ImageSets/Segmentation/train_aug.txt").exists()
+    file.write_bytes(whole)
+    shutil.rmtree(base / "SegmentationClassAug")
+    monkeypatch.setattr(os, "replace", raising(OSError(28, "No space left on device")))
+    message = refused(lambda: get_data.download("voc-aug", root), base / "SegmentationClassAug",
+                      "cannot be written (No space left on device)")
+    assert "move it away" not in message and not (base / "ImageSets/Segmentation/train_aug.txt").exists()
 
 
 # ----------------------------------------------------------------------------
