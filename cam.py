@@ -82,14 +82,15 @@ def patch_grid(vit, image):
 
 
 def window_centres(n, s):
-    """Patches that are centres of windows of side s patches along a row of n, 0 < s < n (TransFGU).
+    """Patches that are centres of windows of side s along a row of n patches, 0 < s < n (TransFGU).
 
         0 1 2 3 4 5 6 7    n = 8        0 1 2 3 4 5 6 7    n = 8
         [ - 2 - ]          s = 4            [ 3 ]          s = 3
             [ - 4 - ]                             [ 6 ]
               [ - 5 - ]
 
-    Even s: half a side apart, and one more whose window ends at the far border. Odd s: a side apart.
+    A window reaches s // 2 patches from its centre to all sides: it has s patches where s is odd, but s + 1
+    where s is even. Even s: half a side apart, and one more that ends at the far border. Odd s: a side apart.
     """
     if s % 2:
         return list(range(s, n - s // 2, s))
@@ -102,9 +103,7 @@ def windows(h, w, scales=THING_SCALES):
     scales   sides of the windows as shares of the grid's shorter side. Scale by scale, rows first
     raises   ValueError if no window fits
 
-    A window reaches s // 2 patches from its centre to all sides, s = int(min(h, w) * scale): so it has s + 1
-    patches a side where s is even, s where it is odd. On 20 x 20, 40 x 40 and 80 x 80 there are 70 windows
-    for VOC's scales, 142 for COCO's.
+    On 20 x 20, 40 x 40 and 80 x 80 there are 70 windows for VOC's scales, 142 for COCO's.
     """
     boxes = []
     for scale in scales:
@@ -232,8 +231,11 @@ def class_activation_maps(vit, image, centroids):
     the mean over heads. Eq. 5 weighs A by alpha^c; TransFGU adds the two (decision 9): L^c = A / max A + the
     largest alpha^c that together hold 80 % of its positive mass, and 0 where alpha^c < 0.
 
-    In closed form: attended = A v is linear in A, so that d cos / d A = u v^T in each head, with
-    u = d cos / d attended. One backward pass of K copies of one token through the last MLP gives all K u.
+    In closed form: attended = A v is linear in A, so that, with u = d cos / d attended,
+
+        alpha[b, k, n] = d cos / d A, mean over heads = 1 / heads sum_head u[b, k, head] . v[b, head, n]
+
+    One backward pass of K copies of one token through the last MLP gives all K u.
     """
     if torch.is_inference_mode_enabled():
         raise RuntimeError("torch.inference_mode() allows no gradient, which these maps need: use no_grad()")
@@ -247,7 +249,7 @@ def class_activation_maps(vit, image, centroids):
         copies = attended[:, None].repeat(1, len(centroids), 1).requires_grad_()  # (B, K, D)
         cosine = F.cosine_similarity(finish_block(vit, x[:, None], copies), centroids, dim=2)     # (B, K)
         u, = torch.autograd.grad(cosine.sum(), copies)                            # (B, K, D)
-    # the mean over heads of u v^T, a sum over d channels in each, is one sum over all D = heads * d
+    # a sum over heads and the d channels of each is one over D = heads * d channels
     values = v[:, :, patches].transpose(1, 2).flatten(2)                          # (B, hw, D), heads as in u
     alpha = torch.einsum("bkD,bnD->bkn", u, values) / A.shape[1]                  # (B, K, hw)
     evidence = F.relu(alpha)
@@ -265,9 +267,11 @@ class HandViT:
     """One block, one head. A token is (1, saturation, red, green, blue); CLS attends to saturation."""
 
     def __init__(self):
-        self.patch_size, self.norm, self.qkv = 8, nn.LayerNorm(5), torch.zeros(5, 15)
-        self.qkv[0, 1], self.qkv[1, 6] = 25.0, 1.0                                # q k^T = 25 x saturation
-        self.qkv[2, 12] = self.qkv[3, 13] = self.qkv[4, 14] = 1.0                 # v = colour
+        self.patch_size = 8
+        self.norm = nn.LayerNorm(5)
+        self.q, self.k, self.v = torch.zeros(3, 5, 5)
+        self.q[0, 0], self.k[1, 0] = 25.0, 1.0            # q of CLS times k = 25 x saturation
+        self.v[2:, 2:] = torch.eye(3)                     # v = colour
         attn = SimpleNamespace(proj=nn.Identity())
         self.blocks = [SimpleNamespace(attn=attn, norm2=nn.Identity(), mlp=torch.zeros_like)]
 
@@ -276,7 +280,7 @@ class HandViT:
         rgb = rgb - rgb.mean(2, keepdim=True)
         tokens = torch.cat([torch.ones_like(rgb[..., :1]), rgb.norm(dim=2, keepdim=True), rgb], dim=2)
         tokens = torch.cat([tokens.new_tensor([1.0, 0, 0, 0, 0]).expand(len(image), 1, 5), tokens], dim=1)
-        return tokens, *(tokens @ self.qkv)[:, None].chunk(3, dim=3)
+        return tokens, *((tokens @ matrix)[:, None] for matrix in (self.q, self.k, self.v))       # one head
 
 
 def main():

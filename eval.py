@@ -16,13 +16,12 @@ clusters are classes, and a user names them in names.txt.
 
 import argparse
 import json
-import signal
 import sys
 import time
 from pathlib import Path
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)          # Ctrl-C: no traceback
+    import tools.start                                    # Ctrl-C, and how threads wait: before torch
 
 import numpy as np
 import torch

@@ -91,7 +91,10 @@ def rows(x):
 
 
 def neighbour_rows(n, H, W, dilations, device=None):
-    """In which row of such a table each pixel's N neighbours are, for n images: (n HW, N) int32."""
+    """In which row of such a table each pixel's N neighbours are, for n images: (n HW, N) int32.
+
+    Rows y and columns x of pixels are read at their neighbours as if they were images themselves.
+    """
     def read(coordinate):
         return rows(torch.cat([*neighbours(coordinate, dilations)], dim=1)).int()
 

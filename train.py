@@ -22,7 +22,6 @@ import hashlib
 import json
 import math
 import os
-import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +31,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)          # Ctrl-C ends the process at once, in any state
+    import tools.start                                    # Ctrl-C, and how threads wait: before torch
 
 import numpy as np
 import torch

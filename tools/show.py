@@ -9,12 +9,11 @@ A run is its folder (best.pt, or last.pt where there is no best) or one of its c
 """
 
 import argparse
-import signal
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)          # Ctrl-C: no traceback
+    import start                                          # before torch
 
 import numpy as np
 from PIL import Image, ImageDraw

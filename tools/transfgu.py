@@ -11,13 +11,12 @@ is no average: every few epochs it becomes the student, and the student starts a
 """
 
 import argparse
-import signal
 import sys
 from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)          # Ctrl-C: no traceback
+    import start                                          # before torch
 
 import torch
 import torch.nn.functional as F
