@@ -9,7 +9,7 @@ crops of one image. On `shapes` they are crops of two pictures of one object: ot
 and light, as two frames of a video would be. That is the renderer's knowledge of which pictures show one
 object; it is what makes a ViT of this size attend to objects, and it is no category label.
 
-The attention of the CLS token first is even, then finds the object, then contracts to its most telling part.
+The attention of the CLS token first is even, then lies on the object, then contracts to a small piece of it.
 Training stops in between, when it is spread over ATTENDED of the patches.
 """
 
@@ -57,10 +57,15 @@ def photo(path):
 def views(image, size, area, g):
     """Random crops of image (B, 3, H, W) in 0..1: turned, mirrored, a share `area` of it, other colours."""
     B = len(image)
-    u = lambda low, high: torch.rand(B, generator=g) * (high - low) + low
-    side, ratio = u(*area).sqrt(), torch.exp(u(-1, 1) * math.log(4 / 3)) ** 0.5
+
+    def u(low, high):                                     # uniform
+        return torch.rand(B, generator=g) * (high - low) + low
+
+    side = u(*area).sqrt()
+    ratio = torch.exp(u(-1, 1) * math.log(4 / 3)) ** 0.5  # of width and height: 3 : 4 to 4 : 3
     sx, sy = (side * ratio).clamp(max=1), (side / ratio).clamp(max=1)
-    tx, ty, turn = u(-1, 1) * (1 - sx), u(-1, 1) * (1 - sy), u(-math.pi, math.pi)
+    tx, ty = u(-1, 1) * (1 - sx), u(-1, 1) * (1 - sy)
+    turn = u(-math.pi, math.pi)
     mirror = (u(0, 1) < 0.5).float() * 2 - 1
     cos, sin = turn.cos(), turn.sin()
     theta = torch.stack([torch.stack([sx * cos * mirror, -sy * sin, tx], 1),
@@ -110,7 +115,7 @@ def attended(vit, image):
     return (1 / (a ** 2).sum(1)).mean().item() / a.shape[1]
 
 
-def main():
+def parse(argv=None):
     p = argparse.ArgumentParser(description="DINO self-distillation of the tiny ViT, without labels.",
                                 usage=argparse.SUPPRESS, allow_abbrev=False)
     p.add_argument("--data", choices=("shapes", "folder"), default="shapes",
@@ -123,28 +128,39 @@ def main():
     p.add_argument("--lr", type=float, default=1e-3, help="highest learning rate (default: 0.001)")
     p.add_argument("--seed", type=int, default=0, help="of everything (default: 0)")
     p.add_argument("--out", help="file to write (default: assets/tiny.pt; of a folder: tiny.pt)")
-    args = p.parse_args()
-    args.out = args.out or ("assets/tiny.pt" if args.data == "shapes" else "tiny.pt")
+    args = p.parse_args(argv)
+    args.out = Path(args.out or ("assets/tiny.pt" if args.data == "shapes" else "tiny.pt"))
     if min(args.images, args.steps, args.batch) < 1 or not 0 < args.lr < 1 or args.seed < 0:
         p.error("--images, --steps, --batch: at least 1; --lr: between 0 and 1; --seed: at least 0")
-    if Path(args.out).is_dir():
+    if args.out.is_dir():
         p.error(f"--out {args.out}: is a folder, give a file")
+    return args
+
+
+def check_writable(file):
+    """Raise UserError now, not after the training, if `file` cannot be written."""
+    probe = file.with_name(file.name + data.TEMPORARY)
+    data.write_whole(probe, lambda f: None)
+    probe.unlink()
+
+
+def all_pictures(args):
+    """The pairs to learn from: uint8 (n, 2, 3, SIZE, SIZE)."""
+    with ProcessPoolExecutor() as pool:
+        if args.data == "shapes":
+            pictures = list(pool.map(pair, range(args.images), chunksize=64))
+        else:
+            pictures = list(pool.map(photo, data.Folder(args.root).images[:args.images], chunksize=8))
+    return torch.from_numpy(np.stack(pictures)).permute(0, 1, 4, 2, 3)
+
+
+def main():
+    args = parse()
+    check_writable(args.out)
+    pictures = all_pictures(args)                         # (n, 2, 3, SIZE, SIZE)
     torch.manual_seed(args.seed)
     g = torch.Generator().manual_seed(args.seed)
-    try:
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        part = Path(f"{args.out}.part")
-        part.touch()                                      # whether it can be written is told now
-        part.unlink()
-        with ProcessPoolExecutor() as pool:
-            if args.data == "shapes":
-                pictures = list(pool.map(pair, range(args.images), chunksize=64))
-            else:
-                pictures = list(pool.map(photo, data.Folder(args.root).images[:args.images], chunksize=8))
-    except OSError as error:
-        sys.exit(data.report(error))
-    pictures = torch.from_numpy(np.stack(pictures)).permute(0, 1, 4, 2, 3)       # (n, 2, 3, SIZE, SIZE)
-    args.batch = min(args.batch, len(pictures))
+    batch = min(args.batch, len(pictures))
 
     vit = VisionTransformer(**BACKBONES["tiny"][0])
     student = nn.ModuleList([vit, Projection(vit.embed_dim)])
@@ -152,13 +168,14 @@ def main():
     matrices = [t for t in student.parameters() if t.ndim > 1 and len(t) > 1]
     others = [t for t in student.parameters() if not (t.ndim > 1 and len(t) > 1)]
     optimizer = torch.optim.AdamW([{"params": matrices}, {"params": others, "weight_decay": 0.0}], lr=args.lr)
-    centre, start = torch.zeros(PROTOTYPES), time.time()
+    centre = torch.zeros(PROTOTYPES)
+    start = time.time()
     for step in range(args.steps):
         cosine = 0.5 * (1 + math.cos(math.pi * step / args.steps))
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1, (step + 1) / 100) * max(cosine, 0.02)
         optimizer.param_groups[0]["weight_decay"] = 0.2 - 0.16 * cosine
-        chosen = torch.randperm(len(pictures), generator=g)[:args.batch]
+        chosen = torch.randperm(len(pictures), generator=g)[:batch]
         a, b = (pictures[chosen].float() / 255).unbind(1)
         large = torch.cat([views(a, SIZE, (0.4, 1), g), views(b, SIZE, (0.4, 1), g)])
         small = torch.cat([views(x, LOCAL, (0.1, 0.4), g) for x in (a, b, a, b)])
@@ -176,7 +193,7 @@ def main():
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(student.parameters(), 3.0)
-        if step < len(pictures) // args.batch:            # DINO: prototypes are fixed in the first epoch
+        if step < len(pictures) // batch:                 # DINO: prototypes are fixed in the first epoch
             student[1].prototypes.weight.grad = None
         optimizer.step()
         with torch.no_grad():
@@ -187,10 +204,10 @@ def main():
                   f"attended {share:.2f}  {time.time() - start:.0f} s", flush=True)
             if share < ATTENDED:
                 break
-    torch.save({k: v.half() for k, v in teacher[0].state_dict().items()}, part)
-    part.replace(args.out)
-    print(f"wrote {args.out}: {Path(args.out).stat().st_size / 1e6:.1f} MB, {time.time() - start:.0f} s")
+    state = {k: v.half() for k, v in teacher[0].state_dict().items()}
+    data.write_whole(args.out, lambda f: torch.save(state, f))
+    print(f"wrote {args.out}: {args.out.stat().st_size / 1e6:.1f} MB, {time.time() - start:.0f} s")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(data.exit_code(main))

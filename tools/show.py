@@ -26,7 +26,7 @@ from tools.pictures import TILE, cluster_sheet, grey, page, stages              
 
 
 def explain(args):
-    """PHOTO_explain.png: every stage of Fig. 2 for one photograph, and the CAMs of the five largest clusters."""
+    """PHOTO_explain.png: every stage of Fig. 2 for one photograph, and CAMs of the five largest clusters."""
     check_outside(args.out, [args.photo])
     checkpoint = open_run(args.run)
     network = restore(checkpoint, args.device)
