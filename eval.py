@@ -160,17 +160,17 @@ def with_names(checkpoint, file):
         raise UserError(f"{file}: {checkpoint['args']['data']} has class names of its own; move this file "
                         f"away")
     names = list(checkpoint["names"])
-    unnamed = set(range(len(names)))                      # numbers that no line has named yet
+    unnamed = {str(number) for number in range(len(names))}       # those that no line has named yet
     for count, line in enumerate(file.read_bytes().splitlines(), 1):
         text = line.decode("utf-8-sig", errors="replace").strip()
         if not text or text.startswith("#"):
             continue
         number, _, name = map(str.strip, text.partition("="))
-        if not number.isdecimal() or int(number) not in unnamed or not name or "\ufffd" in name:
+        if number not in unnamed or not name or "\ufffd" in name:
             raise UserError(f"{file}: line {count}: {text[:40]!r}: NUMBER = NAME expected, in UTF-8, each "
                             f"number from 0 to {len(names) - 1} at most once")
         names[int(number)] = name
-        unnamed.remove(int(number))
+        unnamed.remove(number)
     return checkpoint | {"names": names, "assignment": [names.index(name) for name in names]}
 
 

@@ -1,9 +1,9 @@
-"""What DMSA's expensive parts cost beside their textbook forms: one table, within five minutes on two cores.
+"""What DMSA's expensive stages cost beside their textbook forms: one table, within five minutes on two cores.
 
     python tools/bench.py                                 # median of up to six calls each
     python tools/bench.py --quick                         # of up to three
     python tools/bench.py --only PAR                      # the cases whose name contains the word
-    python tools/bench.py --parts                         # the parts of a VOC run on this GPU, and a profile
+    python tools/bench.py --stages                        # the stages of a VOC run on this GPU, and a profile
     python tools/bench.py --whole made --processes 2      # train.py on made-up images, as many as VOC's
 
 Textbook forms, written plainly below: PAR that holds all neighbours of all channels (AFA); class activation
@@ -15,11 +15,11 @@ neither time nor memory.
 How it is measured. A case is a child process, in which its forms take turns, so that a machine that becomes
 slow is slow for all of them; the cores should have nothing else to do. The first call of a form is not
 timed, unless it alone takes longer than twice BUDGET. Seconds are wall time: median, least and most, number
-of calls. Memory is how far a call pushes the peak of the process's resident memory (ru_maxrss) above where
-it stood before any form ran. That mark never falls, so the forms are called first in the order of their
-need, the textbook form last. In these first calls freed arrays go back to the system at once (glibc's
-mallopt), or the mark would also depend on how the heap happens to be cut up. A star marks numbers computed
-from a measured slope, not run.
+of calls. Memory is how far a call pushes the peak of the process's resident memory above where it stood
+before any form ran. That mark never falls, so the forms are called first in the order of their need, the
+textbook form last. In these first calls freed arrays go back to the system at once (glibc's mallopt), or the
+mark would also depend on how the heap happens to be cut up. A star marks numbers computed from a measured
+slope, not run. The mark and mallopt are Linux's: elsewhere only --stages and --whole work.
 """
 
 import argparse
@@ -27,18 +27,17 @@ import copy
 import ctypes
 import itertools
 import multiprocessing
-import resource
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)          # Ctrl-C: no traceback
+    import start                                          # before torch
 
 import numpy as np
 import torch
@@ -50,9 +49,10 @@ import cam                                                # noqa: E402
 import data                                               # noqa: E402
 import train                                              # noqa: E402
 import losses                                             # noqa: E402
-from eval import GROUP, segment                           # noqa: E402
-from model import BACKBONES, DMSA, VisionTransformer, normalise      # noqa: E402
-from par import BANDWIDTH, DILATIONS, EPS, ITERATIONS, OMEGA3, PAR  # noqa: E402
+from eval import GROUP                                    # noqa: E402
+from model import BACKBONES, DMSA, VisionTransformer, normalise                   # noqa: E402
+from par import BANDWIDTH, DILATIONS, EPS, ITERATIONS, OMEGA3, PAR                # noqa: E402
+from tools.transfgu import DROPOUT, add_dropout           # noqa: E402
 
 BUDGET = 6.0                                              # seconds: a form timed so long is not called again
 TRAIN, VAL = 1464, 1449                                   # images of VOC
@@ -70,8 +70,8 @@ def textbook_par(image, masks):
 
     def neighbours(x):
         padded = [F.pad(x, (d, d, d, d), mode="replicate").flatten(0, 1)[:, None] for d in DILATIONS]
-        found = [F.conv2d(p, one_hot, dilation=d) for p, d in zip(padded, DILATIONS)]    # (B C, 8, H, W) each
-        return torch.cat(found, dim=1).unflatten(0, x.shape[:2])                  # (B, C, 48, H, W)
+        rings = [F.conv2d(p, one_hot, dilation=d) for p, d in zip(padded, DILATIONS)]    # (B C, 8, H, W) each
+        return torch.cat(rings, dim=1).unflatten(0, x.shape[:2])                  # (B, C, 48, H, W)
 
     masks = F.interpolate(masks, size=image.shape[2:], mode="bilinear", align_corners=True)
     near = neighbours(image)                                                      # (B, 3, 48, H, W)
@@ -86,12 +86,12 @@ def textbook_par(image, masks):
     return masks
 
 
-def textbook_attention(attn, x):
+def textbook_attention(attn, x, dropout=0.0):
     """Eq. 2 with the whole attention map: x (B, n, D) -> (B, n, D), A (B, heads, n, n)."""
     q, k, v = attn.split(x)
     A = (q @ k.transpose(2, 3) * q.shape[3] ** -0.5).softmax(3)
-    drop = lambda x: F.dropout(x, attn.dropout, attn.training)
-    return drop(attn.proj((drop(A) @ v).transpose(1, 2).flatten(2))), A
+    x = (F.dropout(A, dropout, attn.training) @ v).transpose(1, 2).flatten(2)     # (B, n, D)
+    return F.dropout(attn.proj(x), dropout, attn.training), A
 
 
 def textbook_vit(vit, image):
@@ -108,7 +108,8 @@ def textbook_cam(vit, image, centroids):
     """Eq. 5 by a backward pass for each class through all blocks, their parameters included: (1, K, h, w)."""
     tokens, A = textbook_vit(vit, image)
     A.retain_grad()
-    base, maps = A[:, :, 0, 1:].mean(1).detach(), []
+    base = A[:, :, 0, 1:].mean(1).detach()
+    maps = []
     for centroid in centroids:
         vit.zero_grad()
         A.grad = None
@@ -171,24 +172,27 @@ def step_case():
     """One step of each, cropping and augmentation included, at an epoch when the teacher takes part."""
     args, vit, epoch = train.parse(["--data", "voc", "--batch", "8"]), vits8(), 10
     draws = data.draw(0, epoch, range(8))
-    part = train.Part(torch.rand(8, 3, 320, 320), torch.rand(8, 20, 40, 40), draws)
+    batch = train.MicroBatch(torch.rand(8, 3, 320, 320), torch.rand(8, 20, 40, 40), draws)
     trainer = train.Trainer(args, vit, data.VOC, {}, torch.device("cpu"))
     half = train.Trainer(args, vit, data.VOC, {}, torch.device("cpu"))
     half.bf16 = True
-    plain = DMSA(vit, 21, use_aspp=False, dropout=0.1).train()                    # as TransFGU, Segmenter
+    plain = DMSA(vit, 21, use_aspp=False).train()
     for head in (plain.student, plain.teacher):
+        add_dropout(head.decoder)                         # as TransFGU, Segmenter
         for block in head.decoder.blocks:
-            block.attn.forward = lambda x, rope=None, attn=block.attn: textbook_attention(attn, x)[0]
-    things, permutation = torch.arange(21) >= 1, torch.randperm(21)
+            block.attn.forward = lambda x, rope=None, attn=block.attn: textbook_attention(attn, x, DROPOUT)[0]
+    things = torch.arange(21) >= 1
+    permutation = torch.randperm(21)
     optimizer = torch.optim.Adam(plain.student.parameters(), lr=1e-4, weight_decay=5e-4)
 
     def textbook():
         with torch.no_grad():
-            image = normalise(data.augment(data.crop(part.image, draws, args.crop), draws))
-            cams = losses.min_max(data.crop(part.cams, draws, args.crop // 8, "area"))
+            image = normalise(data.augment(data.crop(batch.image, draws, args.crop), draws))
+            cams = losses.min_max(data.crop(batch.cams, draws, args.crop // 8, "area"))
             tokens = textbook_vit(vit, image)[0][:, 1:]                           # of the teacher's encoder
             teacher = plain.teacher.decoder(tokens)[0].unflatten(2, (20, 20))
-            label, confident = losses.pseudo_label(cams, teacher, lambda maps: maps, 0.5)
+            label = losses.pseudo_masks(cams, teacher, 0.5).argmax(1)
+            confident = losses.confident_patches(cams)
             tokens = textbook_vit(vit, image)[0][:, 1:]                           # again, of the student's
         logits, embeddings = plain.student.decoder(tokens)
         counts = losses.pixel_counts(label, confident, things)
@@ -200,15 +204,18 @@ def step_case():
             p.grad.clamp_(-1, 1)
         optimizer.step()
 
+    def step(trainer):
+        return trainer.train_step(*trainer.pseudo_labels([batch], epoch), epoch, 0)
+
     what = "training step, 8 × 160×160, 21 classes, with ASPP and PAR; textbook without"
-    step = lambda t: lambda: t.train_step(*t.pseudo_labels([part], epoch), epoch, 0)
-    return {"ours": step(trainer), "bf16": step(half), "textbook": textbook}, lambda s, mb, out: [
+    return {"ours": partial(step, trainer), "bf16": partial(step, half),
+            "textbook": textbook}, lambda s, mb, out: [
         row(what, s["ours"], s["textbook"]),
         row("the same, `--precision bf16`; textbook in fp32", s["bf16"], s["textbook"])]
 
 
 def window_case():
-    """A few of the 70 windows; the pass over the whole image, which finds the foreground, is timed apart."""
+    """Some of the 70 windows; the pass over the whole image, which finds the foreground, is timed apart."""
     vit, image, scales = vits8(), torch.randn(1, 3, 640, 640), (0.6, 0.5)
     with torch.no_grad():                                 # the crops that window_features will make
         _, A, _ = cam.last_attention(vit, image)
@@ -235,7 +242,10 @@ def data_case():
     args = train.parse(["--data", "voc", "--batch", "32"])
     args.repeat = 1                                       # 32 images: an epoch is one batch
     folder = tempfile.TemporaryDirectory()                # removed when the last of these functions is
-    file = lambda name: Path(folder.name) / name
+
+    def file(name):
+        return Path(folder.name) / name
+
     images = np.lib.format.open_memmap(file("images.npy"), "w+", "u1", (32, 320, 320, 3))
     maps = np.lib.format.open_memmap(file("maps.npy"), "w+", "<f2", (32, 20, 40, 40))
     maps[:] = np.random.default_rng(0).random(maps.shape)
@@ -249,8 +259,8 @@ def data_case():
         return data.augment(data.crop(image, draws, args.crop), draws)
 
     def ours():
-        (([part], _),) = train.batches(args, images, maps, 1, 1, torch.device("cpu"))
-        return cut(part.image, part.cams, part.draws)
+        (([batch], _),) = train.batches(args, images, maps, 1, 1, torch.device("cpu"))
+        return cut(batch.image, batch.cams, batch.draws)
 
     def textbook():
         out = []
@@ -277,7 +287,8 @@ CASES = {"PAR 21": (par_case, 21), "PAR 81": (par_case, 81), "CAM": (cam_case,),
 
 def peak():
     """The most resident memory that this process ever had, MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    status = Path("/proc/self/status").read_text()        # Linux's
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e6
 
 
 def measure(case, repeat):
@@ -318,21 +329,24 @@ def row(what, ours, textbook, mb=None, difference=None):
 
 
 # ----------------------------------------------------------------------------
-# A run of VOC: its parts on a GPU (or a CPU), and all of it on made-up images
+# A run of VOC: its stages on a GPU (or a CPU), and all of it on made-up images
 
 
 def timed(form, device):
     """Median seconds of up to nine calls; the clock is read when the GPU has finished."""
-    wait, found = torch.cuda.synchronize if device.type == "cuda" else lambda: None, []
+    def call():
+        form()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
     for _ in range(2):                                    # kernels are chosen, memory is taken
-        form()
-    wait()
-    while len(found) < 9 and sum(found) < BUDGET:
+        call()
+    seconds = []
+    while len(seconds) < 9 and sum(seconds) < BUDGET:
         begin = time.perf_counter()
-        form()
-        wait()
-        found.append(time.perf_counter() - begin)
-    return float(np.median(found))
+        call()
+        seconds.append(time.perf_counter() - begin)
+    return float(np.median(seconds))
 
 
 def kernels(form):
@@ -340,15 +354,15 @@ def kernels(form):
     kinds = torch.profiler.ProfilerActivity
     with torch.profiler.profile(activities=[kinds.CPU, *[kinds.CUDA] * torch.cuda.is_available()]) as profile:
         form()
-    found = profile.key_averages()
-    ran = [e for e in found if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation]
+    events = profile.key_averages()
+    ran = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation]
     by = "self_device_time_total" if ran else "self_cpu_time_total"
-    table = found.table(sort_by=by, row_limit=15, max_name_column_width=50)
+    table = events.table(sort_by=by, row_limit=15, max_name_column_width=50)
     return table, sum(e.self_device_time_total for e in ran) / 1e6, sum(e.count for e in ran)
 
 
-def parts(backbone, crops):
-    """Print seconds of the parts of a VOC run, where a step's time goes, and where it waits for the GPU."""
+def stages(backbone, crops):
+    """Print seconds of the stages of a VOC run, where a step's time goes, and where it waits for the GPU."""
     torch.manual_seed(0)
     gpu = torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
@@ -357,32 +371,46 @@ def parts(backbone, crops):
     vit = VisionTransformer(**BACKBONES[backbone][0]).to(device).eval().requires_grad_(False)
     trainer = train.Trainer(args, vit, data.VOC, {}, device)
     S, cells, epoch = args.size, args.size // vit.patch_size, 10
-    rand = lambda *shape: torch.rand(*shape, device=device)
+
+    def rand(*shape):
+        return torch.rand(*shape, device=device)
+
     draws = data.Draws(*(numbers.to(device) for numbers in data.draw(0, epoch, range(crops))))
-    part = train.Part(rand(crops, 3, S, S), rand(crops, 20, cells, cells), draws)
-    large, images, centroids = rand(1, 3, args.bank, args.bank), rand(16, 3, S, S), rand(20, vit.embed_dim)
-    cut, masks = data.crop(part.image, draws, args.crop), rand(crops, 21, cells // 2, cells // 2)
-    squashed, size = np.zeros((GROUP, S, S, 3), np.uint8), (S, S)
+    batch = train.MicroBatch(rand(crops, 3, S, S), rand(crops, 20, cells, cells), draws)
+    large = rand(1, 3, args.large, args.large)
+    images = rand(16, 3, S, S)
+    centroids = rand(20, vit.embed_dim)
+    cut = data.crop(batch.image, draws, args.crop)
+    masks = rand(crops, 21, cells // 2, cells // 2)
+    # eight images of val, as they lie in the caches
+    squashed = np.zeros((GROUP, S, S, 3), np.uint8)
+    labels = np.arange(GROUP * S * S, dtype=np.uint8).reshape(GROUP, S, S) % 21
     steps = args.epochs * args.repeat * TRAIN / crops
-    windows = lambda: cam.window_features(vit, large, args.window)[0]
-    network, refine = trainer.network, lambda: trainer.par(cut, masks)
-    heads = [network.student, network.teacher]            # both are scored
+
+    def windows():
+        return cam.window_features(vit, large, args.window)[0]
+
+    def cams():
+        return cam.class_activation_maps(vit, images, centroids)
+
+    def evaluation():                                     # of student and teacher
+        return train.score(trainer, squashed, labels, epoch, {})
+
+    def refine():
+        return trainer.par(cut, masks)
 
     def step(bf16=True):
         trainer.bf16 = bf16
-        trainer.train_step(*trainer.pseudo_labels([part], epoch), epoch, 0)
+        trainer.train_step(*trainer.pseudo_labels([batch], epoch), epoch, 0)
 
     print(f"| {torch.cuda.get_device_name() if gpu else 'CPU'}, {backbone} | seconds | minutes of a run |")
     print("|---|---|---|")
     for name, form, times in (
             (f"windows of an image, {len(windows())} kept", windows, TRAIN),
-            ("CAM, 16 images", lambda: cam.class_activation_maps(vit, images, centroids),
-             (TRAIN + VAL) / 16),
-            (f"evaluation, {GROUP} images",
-             lambda: segment(network, (1, 6, 12, 18), squashed, size, heads=heads),
-             args.epochs * VAL / GROUP),
+            ("CAM, 16 images", cams, (TRAIN + VAL) / 16),
+            (f"evaluation, {GROUP} images", evaluation, args.epochs * VAL / GROUP),
             (f"PAR, {crops} crops", refine, steps),
-            (f"step, {crops} crops, fp32", lambda: step(bf16=False), steps),
+            (f"step, {crops} crops, fp32", partial(step, bf16=False), steps),
             (f"step, {crops} crops, bf16", step, steps)):
         seconds = timed(form, device)                     # after the loop: those of the last row
         print(f"| {name} | {seconds:.4f} | {seconds * times / 60:.1f} |", flush=True)
@@ -422,54 +450,60 @@ def whole(root, backbone, processes, options):
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
         for line in run.stdout:
             print(f"{time.time() - begin:8.1f} s  {line}", end="", flush=True)
-    most = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9
-    print(f"{most:.2f} GB of memory in the largest process")
-    sys.exit(run.returncode)
+    return run.returncode
 
 
-def main():
-    p = argparse.ArgumentParser(description="Time and memory of DMSA's parts beside their textbook forms.",
+def parse(argv=None):
+    p = argparse.ArgumentParser(description="Time and memory of DMSA's stages beside their textbook forms.",
                                 usage=argparse.SUPPRESS, allow_abbrev=False)     # others: train.py
     p.add_argument("--quick", action="store_true", help="half the repetitions")
     p.add_argument("--only", default="", metavar="WORD", help=f"of: {', '.join(CASES)} (default: all)")
-    p.add_argument("--parts", action="store_true", help="instead: the parts of a VOC run on this GPU or CPU")
-    p.add_argument("--crops", type=int, default=85, help="of --parts: in a step (default: 85, of 512 / 6)")
+    p.add_argument("--stages", action="store_true",
+                   help="instead: the stages of a VOC run on this GPU or CPU")
+    p.add_argument("--crops", type=int, default=85, help="of --stages: in a step (default: 85, of 512 / 6)")
     p.add_argument("--whole", metavar="DIR", help="instead: make up as many images as VOC has, in this new "
                    "folder, and train on them for an epoch; further options, as --size, go to train.py")
     p.add_argument("--processes", type=int, default=1, help="of --whole (default: 1)")
     p.add_argument("--backbone", choices=BACKBONES, default="vits8",
-                   help="of --parts and --whole (default: vits8)")
-    args, options = p.parse_known_args()
+                   help="of --stages and --whole (default: vits8)")
+    args, args.options = p.parse_known_args(argv)
+    args.cases = [case for case in CASES if args.only.lower() in case.lower()]
     if min(args.crops, args.processes) < 1:
         p.error("--crops, --processes: at least 1")
     if args.whole and Path(args.whole).exists():          # a run in it would only go on
         p.error(f"--whole {args.whole}: this folder is there already; give a new one")
-    if args.whole:
-        try:
-            whole(args.whole, args.backbone, args.processes, options)
-        except OSError as error:
-            sys.exit(data.report(error))
-    elif options:
-        p.error(f"unknown: {' '.join(options)}")
-    if args.parts:
-        return parts(args.backbone, args.crops)
-    chosen = [case for case in CASES if args.only.lower() in case.lower()]
-    if not chosen:
+    if args.options and not args.whole:
+        p.error(f"unknown: {' '.join(args.options)}")
+    if not args.cases:
         p.error(f"--only {args.only}: none of {', '.join(CASES)}")
+    return args
+
+
+def beside_textbook(cases, repeat):
+    """Print the table of the CASES, each measured in a child process; this process itself never computes."""
     begin = time.time()
-    threads = torch.get_num_threads()
-    print(f"torch {torch.__version__}, {threads} threads, fp32; seconds: median (least–most, calls)\n")
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, fp32; seconds: median "
+          f"(least–most, calls)\n")
     print("| what | ours, s | textbook, s | textbook / ours | MB, ours / textbook | largest difference |")
     print("|---|---|---|---|---|---|", flush=True)
-    for case in chosen:                                   # fork: this process itself never computes
+    for case in cases:
         with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as child:
-            lines = child.submit(measure, case, 3 if args.quick else 6)
+            lines = child.submit(measure, case, repeat)
             if isinstance(lines.exception(), BrokenProcessPool):
-                sys.exit(f"bench.py: {case}: its process was killed; PAR 81 needs 5.2 GB, free memory or use "
-                         f"--only")
+                raise data.UserError(f"{case}: its process was killed; PAR 81 needs 5.2 GB: free memory or "
+                                     f"use --only")
             print("\n".join(lines.result()), flush=True)
     print(f"\n{time.time() - begin:.0f} s in all; * computed from the measured slope", file=sys.stderr)
 
 
+def main():
+    args = parse()
+    if args.whole:
+        return whole(args.whole, args.backbone, args.processes, args.options)
+    if args.stages:
+        return stages(args.backbone, args.crops)
+    return beside_textbook(args.cases, 3 if args.quick else 6)
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(data.exit_code(main))

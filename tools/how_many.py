@@ -13,7 +13,6 @@ of some repetitions. Of more than WINDOWS windows one of n is used.
 """
 
 import argparse
-import signal
 import sys
 import warnings
 from itertools import combinations
@@ -21,7 +20,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)          # Ctrl-C: no traceback
+    import start                                          # before torch
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -31,7 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cam                                                # noqa: E402
 import data                                               # noqa: E402
 import train                                              # noqa: E402
-from eval import available, confusion_matrix, load_checkpoint, plot   # noqa: E402
+from eval import choose_device, confusion_matrix, load_checkpoint                     # noqa: E402
+from tools.pictures import plot                           # noqa: E402
 
 CLASSES = (2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30)
 WINDOWS, REPEATS = 2000, 4
@@ -43,10 +43,13 @@ def adjusted_rand(a, b, k):
 
     How many pairs of windows are together in both, less what chance gives; 1 if the clusterings are the same.
     """
-    pairs = lambda counts: (counts * (counts - 1) / 2).sum().item()
+    def pairs(counts):
+        return (counts * (counts - 1) / 2).sum().item()
+
     table = confusion_matrix(a, b, k).double()            # (k, k)
     both, one, other = pairs(table), pairs(table.sum(1)), pairs(table.sum(0))
-    chance, most = one * other / pairs(table.sum()), (one + other) / 2
+    chance = one * other / pairs(table.sum())
+    most = (one + other) / 2
     return (both - chance) / (most - chance) if most > chance else 1.0
 
 
@@ -57,66 +60,73 @@ def agreement(bank, k, rng):
     """
     every = np.concatenate(bank)
 
-    def clusters(parts):                                  # of all windows, by the centroids of these parts
-        chosen = np.concatenate([every[:0], *(bank[i] for i in parts)])
+    def clusters(blocks):
+        """The cluster of every window (M,), by k-means on the windows of these blocks of the bank."""
+        chosen = np.concatenate([every[:0], *(bank[i] for i in blocks)])
         centroids = cam.cluster(chosen, k, rng.integers(2 ** 31))
         return vq(every, centroids)[0]
 
-    halves = [list(map(clusters, np.array_split(rng.permutation(len(bank)), 2))) for _ in range(REPEATS)]
-    starts = combinations([clusters(range(len(bank))) for _ in range(REPEATS - 1)], 2)
-    return {name: [adjusted_rand(a, b, k) for a, b in found]
-            for name, found in (("halves", halves), ("starts", starts))}
+    halves = []
+    for _ in range(REPEATS):
+        one, other = np.array_split(rng.permutation(len(bank)), 2)
+        halves.append(adjusted_rand(clusters(one), clusters(other), k))
+    starts = [clusters(range(len(bank))) for _ in range(REPEATS - 1)]
+    return {"halves": halves, "starts": [adjusted_rand(a, b, k) for a, b in combinations(starts, 2)]}
 
 
-def windows(run, root):
+def window_bank(run, root):
     """About WINDOWS windows of the run in this folder: a list of (M, D), each of other images."""
     checkpoint = load_checkpoint(run / "last.pt")
     args = SimpleNamespace(**checkpoint["args"] | {"out": str(run)} | ({"root": root} if root else {}))
-    device = available("auto")
+    device = choose_device("auto")
     source = train.open_data(args, checkpoint)["train"]
     vit, digest = train.frozen_vit(args, checkpoint, device)
-    bank = train.window_bank(args, source, vit, digest, device)
-    bank = [part[part[:, 0] == 0, 1:].astype(np.float32) for part in bank]        # on the foreground
+    bank = []
+    for shard in train.window_bank(args, source, vit, digest, device):            # (M, 1 + D)
+        bank.append(shard[shard[:, 0] == train.FOREGROUND, 1:].astype(np.float32))
     total = sum(map(len, bank))
     step = -(-total // WINDOWS)
-    print(f"{total} windows of {len(source)} images" + f", one of {step} is used" * (step > 1))
-    return [part[::step] for part in bank]
+    print(f"{total} windows of {len(source)} images" + (f", one of {step} is used" if step > 1 else ""))
+    return [windows[::step] for windows in bank]
 
 
-def main():
+def parse(argv=None):
     p = argparse.ArgumentParser(description="How stable the clusters of a run's windows are, for several K.",
                                 usage=argparse.SUPPRESS, allow_abbrev=False)
     p.add_argument("run", help="folder of the run, with last.pt in it")
     p.add_argument("--root", help="folder of the images (default: the one trained with)")
     p.add_argument("--classes", type=int, nargs="+", default=CLASSES, metavar="K",
                    help=f"numbers of clusters to try, 2 or more (default: {' '.join(map(str, CLASSES))})")
-    args = p.parse_args()
+    args = p.parse_args(argv)
     if min(args.classes) < 2:
         p.error(f"--classes {min(args.classes)}: must be at least 2")
-    file, lines = Path(args.run) / "how_many.png", {"halves": [], "starts": []}
-    try:
-        bank = windows(Path(args.run), args.root)
-        print("\n|  K | halves       | starts       |\n|---|---|---|")
-        for k in sorted(set(args.classes)):
-            try:
-                found = agreement(bank, k, np.random.default_rng(0))
-            except ValueError as error:
-                if not lines["halves"]:
-                    raise data.UserError(error) from None
-                print(f"\nno larger K: {error}")
-                break
-            cells = [f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}" for values in found.values()]
-            print(f"| {k:2} | {'  | '.join(cells)}  |", flush=True)
-            for name, values in found.items():
-                lines[name].append((k, float(np.mean(values))))
-        sheet = Image.new("RGB", (450, 340), "white")
-        plot(ImageDraw.Draw(sheet), 50, "agreement of k-means with itself", lines, axis="K")
-        sheet.save(file)
-    except OSError as error:
-        sys.exit(data.report(error))
+    return args
+
+
+def main():
+    args = parse()
+    bank = window_bank(Path(args.run), args.root)
+    lines = {"halves": [], "starts": []}                  # [(K, mean), ...]
+    print("\n|  K | halves       | starts       |\n|---|---|---|")
+    for k in sorted(set(args.classes)):
+        try:
+            indices = agreement(bank, k, np.random.default_rng(0))
+        except ValueError as error:                       # too few windows, and for a larger K too
+            if not lines["halves"]:
+                raise data.UserError(error) from None
+            print(f"\nno larger K: {error}")
+            break
+        cells = [f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}" for values in indices.values()]
+        print(f"| {k:2} | {'  | '.join(cells)}  |", flush=True)
+        for name, values in indices.items():
+            lines[name].append((k, float(np.mean(values))))
+    sheet = Image.new("RGB", (450, 340), "white")
+    plot(ImageDraw.Draw(sheet), 50, "agreement of k-means with itself", lines, axis="K")
+    file = Path(args.run) / "how_many.png"
+    data.write_whole(file, lambda f: sheet.save(f, "PNG"))
     print(f"\nTake the largest K before `halves` falls: beyond it other images would give other clusters. "
           f"Wrote {file}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(data.exit_code(main))

@@ -4,7 +4,7 @@
     python tools/par_on_photos.py --root data --limit 80  # its first 80 images, a minute on a CPU
 
 Protocol. Image and label are squashed to 160 x 160 (label: nearest). The true mask, one channel for each
-class that the label shows, is averaged over 8 x 8 pixels to the 20 x 20 cells of a ViT of patch 8, spoiled
+class that the label shows, is averaged over 8 x 8 pixels to the 20 x 20 cells of a ViT of patch 8, made wrong
 or not, and restored to 160 x 160. Void pixels belong to no channel and are not scored. The score is the IoU
 of the arg max, mean over the classes of the image, then over images, in percent, ± the standard error of
 that mean. Three coarse masks:
@@ -21,12 +21,11 @@ the two aligned.
 """
 
 import argparse
-import signal
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)          # Ctrl-C: no traceback
+    import start                                          # before torch
 
 import numpy as np
 import torch
@@ -85,48 +84,55 @@ def miou(label, prediction, n):
     return 100 * (right / (confusion.sum(0) + confusion.sum(1) - right)).mean().item()
 
 
-def main():
+def scores(source, i, seed):
+    """mIoU of one image, [[of each of COARSE] of each of RESTORED]; None if its label is void."""
+    image = data.to_float(data.squash(source.image(i), SIZE)[None])               # (1, 3, SIZE, SIZE)
+    label = data.squash(source.label(i), SIZE, "nearest")                         # (SIZE, SIZE)
+    classes = np.unique(label[label != data.VOID])                                # (C,)
+    if not len(classes):
+        return None
+    index = np.full(256, data.VOID, np.uint8)
+    index[classes] = np.arange(len(classes))
+    masks = coarse_masks(label, classes, np.random.default_rng((seed, i)))        # (3, C, CELLS, CELLS)
+    columns = []
+    for restore in RESTORED.values():
+        # PAR treats every channel alike: the three masks side by side share one affinity
+        restored = restore(image, masks.flatten(0, 1)[None]).unflatten(1, masks.shape[:2])[0]
+        columns.append([miou(index[label], mask, len(classes)) for mask in restored.argmax(1)])
+    return columns
+
+
+def parse(argv=None):
     p = argparse.ArgumentParser(description="PAR on true masks made coarse, on photographs in VOC's layout.",
                                 usage=argparse.SUPPRESS, allow_abbrev=False)
     p.add_argument("--root", default="data", help="folder with VOCdevkit/VOC2012 (default: data)")
     p.add_argument("--limit", type=int, default=1449, metavar="N",
                    help="first N images of val (default: 1449, all)")
     p.add_argument("--seed", type=int, default=0, help="of the wrong cells (default: 0)")
-    args = p.parse_args()
+    args = p.parse_args(argv)
     if args.limit < 2 or args.seed < 0:
         p.error("--limit: at least 2, for the standard error; --seed: at least 0")
-    found = []                                            # an image's scores: (columns, 3 coarse masks)
-    try:
-        source = data.VOC(args.root, "val")
-        source.limit(args.limit)
-        for i in range(len(source)):
-            image = torch.from_numpy(data.squash(source.image(i), SIZE)).permute(2, 0, 1)[None].float() / 255
-            label = data.squash(source.label(i), SIZE, "nearest")
-            classes = np.unique(label[label != data.VOID])
-            if not len(classes):                          # nothing but void: nothing to score
-                continue
-            index = np.full(256, data.VOID, np.uint8)
-            index[classes] = np.arange(len(classes))
-            masks = coarse_masks(label, classes, np.random.default_rng((args.seed, i)))
-            # PAR treats every channel alike: the three masks side by side share one affinity
-            restored = [f(image, masks.flatten(0, 1)[None]).unflatten(1, masks.shape[:2])[0].argmax(1)
-                        for f in RESTORED.values()]       # (3, SIZE, SIZE) each
-            truth = index[label]
-            found.append([[miou(truth, mask, len(classes)) for mask in column] for column in restored])
-        if not found:
-            raise data.UserError(f"{args.root}: no label of val shows a class; give another --root")
-    except OSError as error:
-        sys.exit(data.report(error))
-    print(f"{len(found)} images of val at {SIZE}×{SIZE}, masks from {CELLS}×{CELLS}, mIoU over the classes "
+    return args
+
+
+def main():
+    args = parse()
+    source = data.VOC(args.root, "val")
+    source.limit(args.limit)
+    scored = [scores(source, i, args.seed) for i in range(len(source))]
+    scored = np.array([columns for columns in scored if columns is not None])     # (images, columns, 3)
+    if not len(scored):
+        raise data.UserError(f"{args.root}: no label of val shows a class; give another --root")
+    print(f"{len(scored)} images of val at {SIZE}×{SIZE}, masks from {CELLS}×{CELLS}, mIoU over the classes "
           f"of each image, seed {args.seed}\n")
     print("| coarse mask |", " | ".join([*RESTORED, *DIFFERENCES]), "|")
     print("|---" * (1 + len(RESTORED) + len(DIFFERENCES)) + "|")
     for k, name in enumerate(COARSE):
-        values = np.array(found)[:, :, k]                 # (images, columns)
-        values = [*values.T, *(values[:, a] - values[:, b] for a, b in DIFFERENCES.values())]
+        values = [*scored[:, :, k].T]                     # of each column (images,)
+        values += [values[a] - values[b] for a, b in DIFFERENCES.values()]
         cells = [f"{v.mean():.1f} ± {v.std(ddof=1) / len(v) ** 0.5:.1f}" for v in values]
         print(f"| {name} |", " | ".join(cells), "|")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(data.exit_code(main))

@@ -16,14 +16,13 @@ Training stops in between, when it is spread over ATTENDED of the patches.
 import argparse
 import copy
 import math
-import signal
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)          # Ctrl-C: no traceback
+    import start                                          # before torch
 
 import numpy as np
 import torch
@@ -193,7 +192,7 @@ def main():
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(student.parameters(), 3.0)
-        if step < len(pictures) // batch:            # DINO: prototypes are fixed in the first epoch
+        if step < len(pictures) // batch:                 # DINO: prototypes are fixed in the first epoch
             student[1].prototypes.weight.grad = None
         optimizer.step()
         with torch.no_grad():

@@ -25,7 +25,7 @@ from tools.pictures import TILE, class_colours, cluster_sheet, grey, page, stage
 
 
 def explain(args):
-    """PHOTO_explain.png: every stage of Fig. 2 for one photograph, with CAMs of the five largest clusters."""
+    """PHOTO_explain.png: every stage of Fig. 2 for one photograph, and CAMs of the five largest clusters."""
     check_outside(args.out, [args.photo])
     checkpoint = open_run(args.run)
     network = restore(checkpoint, args.device)
