@@ -2600,7 +2600,7 @@ def test_an_option_that_makes_no_sense_is_refused_by_name(capsys, monkeypatch, a
 def test_a_cache_reads_like_the_array_and_names_a_shard_that_another_machine_should_have_made(
         tmp_path, monkeypatch, n):
     compute = lambda shard: np.array([[i, 10 * i] for i in shard])
-    read = lambda: train.cached(options(out=tmp_path / "run"), "x", [], n, compute)
+    read = lambda: train.PerImage(train.cached_shards(options(out=tmp_path / "run"), "x", [], n, compute))
     cache, shards = read(), sorted((tmp_path / "cache").rglob("*"))[1:]
     assert len(cache) == n and cache[n - 1].tolist() == [n - 1, 10 * n - 10]
     assert np.array_equal(cache[n // 3:n], compute(range(n // 3, n)))
@@ -2623,8 +2623,8 @@ def test_a_killed_run_computes_only_the_shards_that_are_not_there(tmp_path):
 
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            train.cached(args, "x", [], 100, compute)
-    assert train.cached(args, "x", [], 100, compute)[:].tolist() == list(range(100))
+            train.cached_shards(args, "x", [], 100, compute)
+    assert train.PerImage(train.cached_shards(args, "x", [], 100, compute))[:].tolist() == list(range(100))
     assert [i for shard in computed if shard for i in shard] == list(range(100))
 
 
@@ -2633,18 +2633,18 @@ def test_a_cache_is_read_where_files_can_be_neither_mapped_nor_linked(tmp_path, 
     monkeypatch.setattr(np, "load", lambda file, mmap_mode=None: (
         raising(OSError(19, "No such device"))() if mmap_mode else load(file)))
     monkeypatch.setattr(os, "link", None)
-    cache = train.cached(train.parse(["--out", str(tmp_path / "run")]), "x", [], 9, np.array)
-    assert cache[:].tolist() == list(range(9))
+    shards = train.cached_shards(train.parse(["--out", str(tmp_path / "run")]), "x", [], 9, np.array)
+    assert train.PerImage(shards)[:].tolist() == list(range(9))
 
 
 def test_damaged_shards_and_log_lines_are_named_or_dropped(tmp_path):
     args = train.parse(["--out", str(tmp_path / "run")])
-    train.cached(args, "x", [], 9, np.array)
+    train.cached_shards(args, "x", [], 9, np.array)
     shard, = (tmp_path / "cache").rglob("03.npy")
     for content in (b"", shard.read_bytes()[:-3], b"\0" * 200):
         shard.write_bytes(content)
         with pytest.raises(data.UserError, match="03.npy: damaged; delete it"):
-            train.cached(args, "x", [], 9, np.array)
+            train.cached_shards(args, "x", [], 9, np.array)
     (tmp_path / "log.jsonl").write_bytes(b'{"epoch": 1}\n\0\0\n[]\n{"step": 1}\n\xff\n{"epoch": 2}\n{"epo')
     train.open_log(tmp_path, 1).close()
     assert (tmp_path / "log.jsonl").read_text() == '{"epoch": 1}\n'
@@ -2657,7 +2657,7 @@ def test_a_full_disk_is_named_and_leaves_the_old_file_whole(tmp_path, monkeypatc
     refused(lambda: train.write_whole(file, lambda f: f.write(b"new")), "last.pt: ",
             "No space left on device", "the same command goes on")
     monkeypatch.setattr(os, "replace", raising(OSError(28, "No space left on device")))
-    refused(lambda: train.cached(options(out=tmp_path / "run"), "x", [], 9, np.array), "00.npy: ", "No space")
+    refused(lambda: train.cached_shards(options(out=tmp_path / "run"), "x", [], 9, np.array), "00.npy: ", "No space")
     assert file.read_bytes() == b"old" and [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["last.pt"]
 
 
@@ -2899,7 +2899,7 @@ def test_scores_do_not_depend_on_how_the_images_are_shared(monkeypatch):
         monkeypatch.setattr(train, "WORLD", world)
         for rank in range(world):
             monkeypatch.setattr(train, "RANK", rank)
-            train.score(trainer, images, labels, 3, {})
+            train.score_val(trainer, images, labels, 3, {})
             train.score_cams(trainer, cams, labels)
     for world in (2, 3):
         for i in range(2):                                # of student and teacher (2, 6, 6), of CAM (6, 6)
@@ -3316,7 +3316,7 @@ def test_the_frozen_vit_sees_each_group_of_val_once_as_far_as_the_memory_goes(mo
     monkeypatch.setattr(network, "features", lambda image: counted.append(len(image)) or features(image))
     for _ in range(2):
         for group in (slice(0, 2), slice(2, 4)):
-            found = train.features_of(network, images, group, held)
+            found = train.kept_features(network, images, group, held)
             assert all(torch.allclose(a, b[group], atol=1e-5) for a, b in zip(found, expected))
     assert counted == [2] * passes
 

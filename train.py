@@ -646,7 +646,8 @@ def open_data(args, state):
         if args.classes and args.data != "folder":        # more clusters than classes
             if args.classes < source.things:
                 raise UserError(f"--classes {args.classes}: {args.data} has {source.things} classes; give at "
-                                f"least so many, or leave it out")
+                                f"least so many, or leave it out. Classes of one's own stand in a names.txt "
+                                f"beside VOC's lists")
             source.things = args.classes
         if RANK == 0:
             print(f"{split}: {source.summary()}", flush=True)
@@ -891,7 +892,7 @@ def show_results(trainer, images, labels):
                                                       trainer.source)]
     if trainer.args.data == "folder" and not (out / "names.txt").exists():        # it may have been edited
         lines = ["# NUMBER = NAME, for eval.py; numbers as in clusters.png and in masks. Classes of one name "
-                 "become one. Pictures show ASCII letters only"]
+                 "become one"]
         lines += [f"{i} = {name}" for i, name in enumerate(checkpoint["names"])]
         write_whole(out / "names.txt", lambda f: f.write("\n".join([*lines, ""]).encode()))
     if labels is not None:
@@ -900,17 +901,14 @@ def show_results(trainer, images, labels):
                f"best epoch, {best['epoch']}, chosen on val by mIoU + accuracy: mIoU {best['miou']:.2f} "
                f"accuracy {best['accuracy']:.2f};  coarse labels: mIoU {coarse['cam_miou']:.2f}")
         files.append("best.pt")
+        next_step = f"python eval.py {out}"
     else:
         files.append("names.txt")
+        next_step = f"name the clusters of clusters.png there, then python eval.py {out} --predict PHOTOS"
         N, in_use = n_channels(trainer.source), trainer.results["clusters"]
         advice = "" if in_use == N else "; more images, fewer --classes or another --seed may keep the others"
         print0(f"{in_use} of {N} clusters, the background among them, are in use{advice}")
-    print0(f"{out}/, {trainer.epoch} epochs: {', '.join(files)}")
-    if labels is None:
-        print0(f"next: look at {out}/clusters.png, name the clusters in {out}/names.txt, then "
-               f"python eval.py {out} --predict {trainer.args.root}")
-    else:
-        print0(f"next: python eval.py {out}")
+    print0(f"wrote {out}/: {', '.join(files)}; next: {next_step}")
 
 
 # ----------------------------------------------------------------------------

@@ -394,7 +394,7 @@ def stages(backbone, crops):
         return cam.class_activation_maps(vit, images, centroids)
 
     def evaluation():                                     # of student and teacher
-        return train.score(trainer, squashed, labels, epoch, {})
+        return train.score_val(trainer, squashed, labels, epoch, {})
 
     def refine():
         return trainer.par(cut, masks)
