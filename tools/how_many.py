@@ -9,7 +9,8 @@ The run's own windows are taken, from runs/cache; without them they are computed
     starts   k-means on all images from other starting points (each the best of five, as in a run)
 
 Both are adjusted Rand indices: 1 for the same clusters, 0 for what chance gives; mean and standard deviation
-of some repetitions. Of more than WINDOWS windows one of n is used.
+of some repetitions. Of more than WINDOWS windows one of n is used. The K that is recommended is the largest
+whose `halves` lies within CLOSE of the highest: beyond it other images would give other clusters.
 """
 
 import argparse
@@ -34,7 +35,7 @@ from eval import choose_device, confusion_matrix, load_checkpoint               
 from tools.pictures import plot                           # noqa: E402
 
 CLASSES = (2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30)
-WINDOWS, REPEATS = 2000, 4
+WINDOWS, REPEATS, CLOSE = 2000, 4, 0.1
 warnings.filterwarnings("ignore", message="One of the clusters is empty")         # k-means may leave one so
 
 
@@ -72,6 +73,12 @@ def agreement(bank, k, rng):
         halves.append(adjusted_rand(clusters(one), clusters(other), k))
     starts = [clusters(range(len(bank))) for _ in range(REPEATS - 1)]
     return {"halves": halves, "starts": [adjusted_rand(a, b, k) for a, b in combinations(starts, 2)]}
+
+
+def recommended(halves):
+    """The largest K whose index lies within CLOSE of the highest: [(K, index), ...] -> K."""
+    highest = max(index for _, index in halves)
+    return max(k for k, index in halves if index >= highest - CLOSE)
 
 
 def window_bank(run, root):
@@ -121,11 +128,12 @@ def main():
         for name, values in indices.items():
             lines[name].append((k, float(np.mean(values))))
     sheet = Image.new("RGB", (450, 340), "white")
-    plot(ImageDraw.Draw(sheet), 50, "agreement of k-means with itself", lines, axis="K")
+    K = recommended(lines["halves"])
+    plot(ImageDraw.Draw(sheet), 50, "agreement of k-means with itself", lines, axis="K", mark=(K, f"K = {K}"))
     file = Path(args.run) / "how_many.png"
     data.write_whole(file, lambda f: sheet.save(f, "PNG"))
-    print(f"\nTake the largest K before `halves` falls: beyond it other images would give other clusters. "
-          f"Wrote {file}")
+    print(f"\nrecommended: --classes {K}, the largest K whose `halves` lies within {CLOSE} of the highest; with "
+          f"more, other images would give other clusters. Wrote {file}")
 
 
 if __name__ == "__main__":
