@@ -709,8 +709,8 @@ def safetensors(tensors, **changes):
     return struct.pack("<Q", len(text)) + text + data
 
 
-def hugging_face(state, layer="encoder.layer."):
-    """A state dict in DINO's names -> in those of a ViTModel (WEIGHTS of facebook/dino-vits8)."""
+def hugging_face(state):
+    """A state dict in DINO's names -> in those of the files of HuggingFace's ViTModel."""
     inside = {"norm1": ["layernorm_before"], "norm2": ["layernorm_after"], "mlp.fc1": ["intermediate.dense"],
               "mlp.fc2": ["output.dense"], "attn.proj": ["attention.output.dense"],
               "attn.qkv": [f"attention.attention.{name}" for name in ("query", "key", "value")]}
@@ -720,7 +720,7 @@ def hugging_face(state, layer="encoder.layer."):
         if name.startswith("blocks."):
             _, i, module = module.split(".", 2)
             for piece, words in zip(value.chunk(len(inside[module])), inside[module]):
-                theirs[f"{layer}{i}.{words}.{leaf}"] = piece.clone()
+                theirs[f"encoder.layer.{i}.{words}.{leaf}"] = piece.clone()
         elif module == "norm":
             theirs[f"layernorm.{leaf}"] = value
         else:
@@ -760,7 +760,7 @@ def test_weights_load_from_own_trainings_and_runs_and_a_teacher_goes_before_its_
     lightly = {f"student_backbone.{name}": value for name, value in student.items()}
     lightly |= {f"teacher_backbone.{name}": value for name, value in state.items()}
     lightly |= {"teacher_head.layers.0.weight": head, "criterion.teacher_temp": head}
-    wrapped = {re.sub(r"^blocks\.\d+\.", r"\g<0>_checkpoint_wrapped_module.", f"{name}"): value
+    wrapped = {re.sub(r"^blocks\.\d+\.", r"\g<0>_checkpoint_wrapped_module.", name): value
                for name, value in state.items()}
     hf = hugging_face(state)
     cases = {"teacher_checkpoint.pth": {"teacher": {f"backbone.{n}": v for n, v in chunks.items()}
