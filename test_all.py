@@ -1630,6 +1630,7 @@ def test_check_names_labels_that_show_nothing_and_images_that_exif_turns(tmp_pat
     save(image, ("RGB", (12, 10), 0))
     (problem,), pixels = get_data.check(data.VOC(tmp_path))
     assert problem.startswith(f"{void.parent}: no label shows a class other than background")
+    assert problem.endswith("if 255, void, is the object, make it 1")
     assert (pixels[0], pixels[255], pixels.sum()) == (220, 20, 240)
 
 
@@ -1647,6 +1648,14 @@ def test_check_names_labels_whose_classes_were_interpolated(tmp_path, change):
     assert [p.startswith(f"{file}: ") and "classes are but lines of one or two pixels" in p
             for p in problems] == [True] * (change != "nothing")
     assert pixels.sum() == 128 * 128 + 130 and (np.count_nonzero(pixels) > 9) == (change != "nothing")
+    fine = np.arange(9).repeat(64).reshape(9, 8, 8).transpose(1, 0, 2).reshape(8, 72).astype(np.uint8)
+    fine[0, :3] = 10, 11, 12                              # three small objects among nine classes
+    save(file, fine)
+    save(base / "JPEGImages/2007_000000.jpg", ("RGB", (72, 8), 0))
+    assert get_data.check(data.VOC(tmp_path))[0] == []
+    fine[0, 4:7] = 13, 14, 15
+    save(file, fine)
+    assert "6 of its 15 classes are but lines" in get_data.check(data.VOC(tmp_path))[0][0]
 
 
 def test_a_class_that_is_somewhere_three_pixels_wide_is_no_line():
