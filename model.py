@@ -232,7 +232,8 @@ class VisionTransformer(nn.Module):
     def last_qkv(self, image):
         """All blocks but the last, and what its attention is made of: normalised image (B, 3, H, W) ->
         tokens before the last block (B, n, D); q, k, v (B, heads, n, d_k)."""
-        x, rope = self.prepare_tokens(image), self.rope(image)
+        x = self.prepare_tokens(image)
+        rope = self.rope(image)
         for block in self.blocks[:-1]:
             x = block(x, rope)
         last = self.blocks[-1]
@@ -438,7 +439,7 @@ SCALED = {                                                # a factor: what it is
 SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
                "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
                "U8": torch.uint8, "BOOL": torch.bool}
-NO_WEIGHTS = {                                            # how a file begins: what it is
+NO_WEIGHTS = {                                            # the first bytes of a file: what it is
     b"version https://git-lfs": "a pointer of Git LFS; fetch the file that it stands for: git lfs pull",
     b"<": "a web page; fetch the file itself",
     b"{": "JSON without tensors, as an index of weights in several files is; give weights in one file",
@@ -467,15 +468,15 @@ def read_tensors(file):
             raise WeightsError(f"{file}: {kind}")
     try:
         if is_safetensors:
-            found = read_safetensors(content)
+            loaded = read_safetensors(content)
         else:
             with torch.serialization.safe_globals([argparse.Namespace]):          # DINO saves its options
-                found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+                loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:                            # torch and json raise many kinds on a foreign file
         reason = error if type(error) is ValueError else type(error).__name__
         raise WeightsError(f"{file}: not a file of plain tensors, or damaged ({reason}); remove it, or give "
                            f"another") from None
-    return found, hashlib.sha256(content).hexdigest()
+    return loaded, hashlib.sha256(content).hexdigest()
 
 
 def read_safetensors(content):
@@ -513,10 +514,11 @@ def distinct(pairs):
     return dict(pairs)
 
 
-def is_state_dict(found):
-    return isinstance(found, dict) and all(
+def is_state_dict(loaded):
+    """Whether this is {name: ordinary tensor}, not sparse and not without values."""
+    return isinstance(loaded, dict) and all(
         isinstance(name, str) and isinstance(value, torch.Tensor) and value.is_cpu
-        and value.layout is torch.strided for name, value in found.items())
+        and value.layout is torch.strided for name, value in loaded.items())
 
 
 def dino_name(name):
@@ -642,18 +644,18 @@ def load_dino(vit, file):
              or a checkpoint of train.py, for the ViT of that run; .safetensors, or of torch.save
     raises   WeightsError naming the file and what does not fit
     """
-    found, digest = read_tensors(file)
+    loaded, digest = read_tensors(file)
     named = re.search(r"-(?!20\d{6}\.)([0-9a-f]{8})\.\w+$", Path(file).name)      # not a date
     if named and not digest.startswith(named[1]):
         raise WeightsError(f"{file}: its SHA-256 begins with {digest[:8]}, not as its name says: damaged, or "
                            f"another file; fetch it again, or rename it")
     for key in ("vit", "teacher", "state_dict", "model"):  # of train.py; of DINO, DINOv2, Lightning, timm
-        if isinstance(found, dict) and isinstance(found.get(key), dict):
-            found = found[key]
-    if not is_state_dict(found) or not found:
+        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
+            loaded = loaded[key]
+    if not is_state_dict(loaded) or not loaded:
         raise WeightsError(f"{file}: holds no state dict of tensors; give another")
     try:
-        state = dino_names(found)
+        state = dino_names(loaded)
         problem = misfit(vit, state)
         if problem:
             raise WeightsError(advice(state, problem))

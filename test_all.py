@@ -738,8 +738,8 @@ def safetensors(tensors, **changes):
     return struct.pack("<Q", len(text)) + text + data
 
 
-def hugging_face(state, layer="encoder.layer."):
-    """A state dict in DINO's names -> in those of a ViTModel (WEIGHTS of facebook/dino-vits8)."""
+def hugging_face(state):
+    """A state dict in DINO's names -> in those of the files of HuggingFace's ViTModel."""
     inside = {"norm1": ["layernorm_before"], "norm2": ["layernorm_after"], "mlp.fc1": ["intermediate.dense"],
               "mlp.fc2": ["output.dense"], "attn.proj": ["attention.output.dense"],
               "attn.qkv": [f"attention.attention.{name}" for name in ("query", "key", "value")]}
@@ -749,7 +749,7 @@ def hugging_face(state, layer="encoder.layer."):
         if name.startswith("blocks."):
             _, i, module = module.split(".", 2)
             for piece, words in zip(value.chunk(len(inside[module])), inside[module]):
-                theirs[f"{layer}{i}.{words}.{leaf}"] = piece.clone()
+                theirs[f"encoder.layer.{i}.{words}.{leaf}"] = piece.clone()
         elif module == "norm":
             theirs[f"layernorm.{leaf}"] = value
         else:
@@ -789,7 +789,7 @@ def test_weights_load_from_own_trainings_and_runs_and_a_teacher_goes_before_its_
     lightly = {f"student_backbone.{name}": value for name, value in student.items()}
     lightly |= {f"teacher_backbone.{name}": value for name, value in state.items()}
     lightly |= {"teacher_head.layers.0.weight": head, "criterion.teacher_temp": head}
-    wrapped = {re.sub(r"^blocks\.\d+\.", r"\g<0>_checkpoint_wrapped_module.", f"{name}"): value
+    wrapped = {re.sub(r"^blocks\.\d+\.", r"\g<0>_checkpoint_wrapped_module.", name): value
                for name, value in state.items()}
     hf = hugging_face(state)
     cases = {"teacher_checkpoint.pth": {"teacher": {f"backbone.{n}": v for n, v in chunks.items()}
@@ -1925,6 +1925,7 @@ def test_check_names_labels_that_show_nothing_and_images_that_exif_turns(tmp_pat
     save(image, ("RGB", (12, 10), 0))
     (problem,), pixels = get_data.check(data.VOC(tmp_path))
     assert problem.startswith(f"{void.parent}: no label shows a class other than background")
+    assert problem.endswith("if 255, void, is the object, make it 1")
     assert (pixels[0], pixels[255], pixels.sum()) == (220, 20, 240)
 
 
@@ -1942,6 +1943,14 @@ def test_check_names_labels_whose_classes_were_interpolated(tmp_path, change):
     assert [p.startswith(f"{file}: ") and "classes are but lines of one or two pixels" in p
             for p in problems] == [True] * (change != "nothing")
     assert pixels.sum() == 128 * 128 + 130 and (np.count_nonzero(pixels) > 9) == (change != "nothing")
+    fine = np.arange(9).repeat(64).reshape(9, 8, 8).transpose(1, 0, 2).reshape(8, 72).astype(np.uint8)
+    fine[0, :3] = 10, 11, 12                              # three small objects among nine classes
+    save(file, fine)
+    save(base / "JPEGImages/2007_000000.jpg", ("RGB", (72, 8), 0))
+    assert get_data.check(data.VOC(tmp_path))[0] == []
+    fine[0, 4:7] = 13, 14, 15
+    save(file, fine)
+    assert "6 of its 15 classes are but lines" in get_data.check(data.VOC(tmp_path))[0][0]
 
 
 def test_a_class_that_is_somewhere_three_pixels_wide_is_no_line():

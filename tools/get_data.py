@@ -291,7 +291,7 @@ def check_label(source, i, label):
     file, classes, lines = source.labels[i], set(np.unique(label)) - {data.VOID}, lines_alone(label)
     if not classes:
         raise data.UserError(f"{file}: no labelled pixel, only void (255); leave it out")
-    if len(lines) > 1:
+    if len(lines) > max(1, len(classes) / 3):             # small objects are that thin now and then
         raise data.UserError(f"{file}: {len(lines)} of its {len(classes)} classes are but lines of one or "
                              "two pixels, as interpolation and JPEG make them between others; get the "
                              "original, and resize it by nearest")
@@ -332,7 +332,7 @@ def check(source):
     shown = [name for name, n in zip(source.names, total) if n]
     if source.labels and len(source) > 1 and len(shown) < 2 and not problems:
         problems.append(f"{source.labels[0].parent}: no label shows a class other than {shown[0]}; choose "
-                        "the folder of classes")
+                        "the folder of classes, and if 255, void, is the object, make it 1")
     return problems, total
 
 
