@@ -84,14 +84,16 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x, rope=None):
-        """x (B, n, D) -> (B, n, D); rope as in `split`."""
-        return self.attend(*self.split(x, rope))
+    def forward(self, x, angles=None):
+        """x (B, n, D) -> (B, n, D); angles as in `split`."""
+        return self.attend(*self.split(x, angles))
 
-    def split(self, x, rope=None):
-        """x (B, n, D) -> q, k, v, each (B, heads, n, d_k); rope: cos, sin (n, d_k) to turn q and k by."""
+    def split(self, x, angles=None):
+        """x (B, n, D) -> q, k, v, each (B, heads, n, d_k); angles: cos, sin (n, d_k) to turn q and k by."""
         q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        return (q, k, v) if rope is None else (rotate(q, *rope), rotate(k, *rope), v)
+        if angles is not None:                            # DINOv3
+            q, k = rotate(q, *angles), rotate(k, *angles)
+        return q, k, v
 
     def attend(self, q, k, v):
         """q, k, v of `split` -> (B, n, D). The fused kernel never forms the n x n attention map."""
@@ -125,8 +127,8 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=eps)
         self.mlp = Mlp(dim, 4 * dim)
 
-    def forward(self, x, rope=None):
-        x = x + self.attn(self.norm1(x), rope)
+    def forward(self, x, angles=None):
+        x = x + self.attn(self.norm1(x), angles)
         return self.add_mlp(x)
 
     def add_mlp(self, x):
@@ -200,7 +202,7 @@ class VisionTransformer(nn.Module):
             table = F.interpolate(table, scale_factor=scale, mode="bicubic", align_corners=False)
         return torch.cat([self.pos_embed[:, :1], table.flatten(2).transpose(1, 2)], dim=1)
 
-    def rope(self, image):
+    def angles(self, image):
         """cos, sin (n, d_k) of the angles by which `rotate` turns each token, or None with a position table.
 
         Row r of h has the coordinate 2 (r + 0.5) / h - 1, a column likewise; an angle is 2 pi times the
@@ -233,16 +235,16 @@ class VisionTransformer(nn.Module):
         """All blocks but the last, and what its attention is made of: normalised image (B, 3, H, W) ->
         tokens before the last block (B, n, D); q, k, v (B, heads, n, d_k)."""
         x = self.prepare_tokens(image)
-        rope = self.rope(image)
+        angles = self.angles(image)
         for block in self.blocks[:-1]:
-            x = block(x, rope)
+            x = block(x, angles)
         last = self.blocks[-1]
-        return x, *last.attn.split(last.norm1(x), rope)
+        return x, *last.attn.split(last.norm1(x), angles)
 
     def forward(self, image):
-        """Normalised image (B, 3, H, W), any size from one patch up.
+        """The ViT alone, as DINO runs it; the network of Fig. 1 goes on from `last_qkv` by itself.
 
-        Returns the tokens after the last norm (B, 1 + hw, D), CLS first, and the CLS row of the last
+        Takes a normalised image (B, 3, H, W), any size from one patch up. Returns the tokens after the last norm (B, 1 + hw, D), CLS first, and the CLS row of the last
         attention (B, heads, 1 + hw). Registers are left out of both; without any, a row sums to 1.
         """
         x, q, k, v = self.last_qkv(image)
@@ -388,7 +390,9 @@ class DMSA(nn.Module):
             teacher.lerp_(student, 1 - m)                 # m * teacher + (1 - m) * student
 
 
-# ----------------------------------------------------------------------------
+# ============================================================================
+# The network ends here. What follows reads files of weights.
+# ============================================================================
 # Weights: a file of DINO, DINOv2 or DINOv3, in the names of whoever wrote it, into a VisionTransformer
 
 WEIGHTS_URL = "https://dl.fbaipublicfiles.com/"
@@ -405,7 +409,8 @@ REPOSITORIES = {                                          # of facebook and of t
     "dinov3_vitb16": ("dinov3-vitb16-pretrain-lvd1689m", "vit_base_patch16_dinov3.lvd1689m"),
 }
 
-# A name loses its wrappers; then, row by row, others' words at its beginning or behind a dot become DINO's
+# A name loses its wrappers; then others' words at its beginning or behind a dot become DINO's, row by row from
+# the top: attention.output.dense. before output.dense.
 TORCHS = r"_(orig_mod|(fsdp|checkpoint)_wrapped_module)\."
 WRAPPERS = re.compile(rf"^({TORCHS}|(module|model|backbone|teacher|teacher_backbone|vit|dinov2|dinov3_vit|"
                       rf"dinov2_with_registers|encoder|embeddings)\.)+|{TORCHS}")
@@ -576,8 +581,9 @@ def misfit(vit, state):
     expected = {name: tuple(value.shape) for name, value in vit.state_dict().items()}
     if vit.pos_embed is not None and is_square(positions(state) - 1):             # of images of any size
         expected["pos_embed"] = (1, positions(state), vit.embed_dim)
-    for factor, (*_, bias) in SCALED.items():             # of the bias's shape; in every block if in any
-        if any(name.endswith(factor) for name in state):
+    for factor, parameters in SCALED.items():
+        bias = parameters[-1]                             # has the factor's shape
+        if any(name.endswith(factor) for name in state):  # if in any block, then in all
             for i in range(len(vit.blocks)):
                 expected[f"blocks.{i}.{factor}"] = expected[f"blocks.{i}.{bias}"]
     missing = sorted(expected.keys() - state.keys() - {"periods"})
