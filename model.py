@@ -170,8 +170,7 @@ class VisionTransformer(nn.Module):
         n_patches = (img_size // patch_size) ** 2
         self.pos_embed = None if rope else nn.Parameter(torch.zeros(1, 1 + n_patches, embed_dim))
         n = embed_dim // num_heads // 4                   # wave lengths of RoPE for rows, as many for columns
-        periods = (100 ** (torch.arange(n) / n)).bfloat16().float()               # decision 29
-        self.register_buffer("periods", periods if rope else None)
+        self.register_buffer("periods", 100 ** (torch.arange(n) / n) if rope else None)           # decision 29
         self.patch_embed = PatchEmbed(patch_size, embed_dim)
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, eps=eps) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=eps)
@@ -244,8 +243,9 @@ class VisionTransformer(nn.Module):
     def forward(self, image):
         """The ViT alone, as DINO runs it; the network of Fig. 1 goes on from `last_qkv` by itself.
 
-        Takes a normalised image (B, 3, H, W), any size from one patch up. Returns the tokens after the last norm (B, 1 + hw, D), CLS first, and the CLS row of the last
-        attention (B, heads, 1 + hw). Registers are left out of both; without any, a row sums to 1.
+        Takes a normalised image (B, 3, H, W), any size from one patch up. Returns the tokens after the last
+        norm (B, 1 + hw, D), CLS first, and the CLS row of the last attention (B, heads, 1 + hw). Registers
+        are left out of both; without any, a row sums to 1.
         """
         x, q, k, v = self.last_qkv(image)
         last = self.blocks[-1]                            # Block.forward, cut open at its attention
@@ -391,9 +391,9 @@ class DMSA(nn.Module):
 
 
 # ============================================================================
-# The network ends here. What follows reads files of weights.
+# The network ends here. What follows loads weights: a file of DINO, DINOv2 or DINOv3, in the names of whoever
+# wrote it, into a VisionTransformer.
 # ============================================================================
-# Weights: a file of DINO, DINOv2 or DINOv3, in the names of whoever wrote it, into a VisionTransformer
 
 WEIGHTS_URL = "https://dl.fbaipublicfiles.com/"
 REPOSITORIES = {                                          # of facebook and of timm at huggingface.co
