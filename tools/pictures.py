@@ -347,9 +347,10 @@ def curves(log, teacher_start=None):
     # a folder has no val; and where there is one, its mIoU says more than how many clusters are in use
     shown = list(plots)[:2] if plots["percent, on val"]["mIoU"] else list(plots)[::2]
     sheet = Image.new("RGB", (450 * len(shown), 340), "white")
-    mark = (teacher_start, "teacher takes part") if teacher_start in epochs else None
     for p, title in enumerate(shown):
         lines = {name: line for name, line in plots[title].items() if line}
+        words = "teacher takes part" if p == 0 else ""    # the second plot has lines where they would stand
+        mark = (teacher_start, words) if teacher_start in epochs else None
         plot(ImageDraw.Draw(sheet), 50 + 450 * p, title, lines, mark=mark)
     return sheet
 
