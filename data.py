@@ -40,7 +40,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageDraw, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
 VOID = 255                                                # label of pixels that belong to no class
@@ -1019,7 +1019,12 @@ def main():
             cut, mask = augment(crop(x, draws, 128), draws), crop(y, draws, 128, "nearest")
             row += [(cut[0] * 255).byte().permute(1, 2, 0).numpy(), colour[mask[0, 0].byte().numpy()]]
         rows.append(np.concatenate(row, 1))
-    Image.fromarray(np.concatenate(rows)).save("data.png")
+    titles = ("scene", "its label", "crop 1", "its label", "crop 2", "its label", "crop 3", "its label")
+    page = Image.new("RGB", (128 * len(titles), 20 + 128 * len(rows)), "white")
+    page.paste(Image.fromarray(np.concatenate(rows)), (0, 20))
+    for column, title in enumerate(titles):
+        ImageDraw.Draw(page).text((4 + 128 * column, 4), title, "black", font_size=12)
+    page.save("data.png")
     print("wrote data.png: per row a scene, its label, and three training crops, recoloured, with theirs")
     print("classes:", ", ".join(f"{i} {n}" for i, n in enumerate(Shapes.names)))
 
