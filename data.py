@@ -163,7 +163,9 @@ def to_float(image, device=None):
     return torch.as_tensor(image).to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 255
 
 
-# ----------------------------------------------------------------------------
+# ============================================================================
+# All that the method needs of this file stands above. What follows reads files, and renders `shapes`.
+# ============================================================================
 # Programs: errors become lines, and files are written whole
 
 TEMPORARY = ".tmp"                                        # suffix of files that are being written

@@ -457,7 +457,7 @@ class Trainer:
         self.is_thing = torch.tensor([n in things for n in range(N)], device=device)      # (N,)
         self.bf16 = use_bf16(args.precision, device)
         self.epoch = 0                                    # how many are done
-        self.results = {}                                 # scores on val: of "cam", "last", "best"
+        self.results = {}                                 # on val: scores of "cam", "last", "best" epoch
         self.assignment = [n % len(source.names) for n in range(N)]                       # cluster -> class
 
     def rates(self, epoch):
