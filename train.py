@@ -68,8 +68,8 @@ BY_DATA_SET = {
                    teacher_start=3),
     "cocostuff27": dict(scales=cam.SCENE_SCALES, repeat=1, epochs=200, batch=256,
                         lambdas=[0.1, 1.0, 0.3, 1.0], teacher_start=2, teacher_weight=0.5),
-    "folder": dict(root=None, classes=20, backbone="vits16", window=224, repeat=1, batch=16,
-                   lambdas=[0.1, 1.0, 0.3, 1.0]),                                         # decision 32
+    "folder": dict(root=None, classes=20, backbone="vits16", window=224, repeat=None,      # decision 32
+                   epochs=10, batch=16, teacher_start=4, lambdas=[0.1, 1.0, 0.3, 1.0]),
 }
 
 
@@ -155,7 +155,7 @@ def parse(argv=None, **settings):
     # optimisation
     p.add_argument("--epochs", type=positive, default=50, metavar="N",
         help="passes over the data; one of voc takes its images 20 times (%(default)s)")
-    p.set_defaults(repeat=20)
+    p.set_defaults(repeat=20)                             # None: see `repeats`
     p.add_argument("--batch", type=positive, default=512, metavar="IMAGES",
         help="global batch, over all processes (%(default)s)")
     p.add_argument("--lr", type=zero_to_one, default=1e-4, metavar="X",
@@ -391,7 +391,7 @@ def batches(args, images, cams, steps, epoch, device):
              its images would weigh more.
     """
     n = len(images)                                       # sample s is image s % n
-    order = np.random.default_rng((args.seed, epoch)).permutation(n * args.repeat)
+    order = np.random.default_rng((args.seed, epoch)).permutation(n * repeats(args, n))
 
     def stacked(array, samples):
         tensor = torch.from_numpy(np.stack([array[s % n] for s in samples]))
@@ -592,7 +592,7 @@ def train(args, device, trainer_class=Trainer):
 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()              # peak_gb leaves out windows and CAMs
-    steps = len(images["train"]) * args.repeat // args.batch                      # of an epoch
+    steps = len(images["train"]) * repeats(args, len(images["train"])) // args.batch      # of an epoch
     first = trainer.epoch * steps
     progress = Progress("step", args.epochs * steps - first)
     log = open_log(Path(args.out), trainer.epoch)
@@ -628,6 +628,13 @@ def train(args, device, trainer_class=Trainer):
 # ============================================================================
 # Data and ViT
 
+FOLDER_STEPS = 50                                         # of an epoch of a folder, at least: decision 32
+
+
+def repeats(args, n):
+    """Passes over n images that make an epoch; of a folder as many as make FOLDER_STEPS steps or more."""
+    return args.repeat or math.ceil(FOLDER_STEPS * args.batch / n)
+
 
 def n_channels(source):
     """N, the network's channels: one for each cluster, and one for the background if there is one."""
@@ -658,9 +665,9 @@ def open_data(args, state):
                             f"{now[0]} now{' of other names or sizes' if now[0] == then[0] else ''}: use "
                             f"another --out, or give the same images to go on")
         sources[split] = source
-    n = len(sources["train"]) * args.repeat
-    if n < args.batch:
-        raise UserError(f"--batch {args.batch}: larger than an epoch of {n} images; lower it")
+    n = len(sources["train"])
+    if n * repeats(args, n) < args.batch:
+        raise UserError(f"--batch {args.batch}: larger than an epoch of {n * args.repeat} images; lower it")
     return sources
 
 
