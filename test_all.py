@@ -329,9 +329,9 @@ def test_losses_and_counts_leave_out_255_and_take_any_integers():
     for loss in (losses.cross_entropy_loss, losses.segmentation_loss,
                  lambda x, y: losses.cross_entropy_loss(x, y, permutation, 0.1)):
         torch.testing.assert_close(loss(logits, marked), loss(*kept))
-    is_thing = torch.tensor([False, True, True])
-    counts = losses.pixel_counts(marked.long(), label > 0, is_thing)
-    assert counts[1:3].tolist() == losses.pixel_counts(kept[1], kept[1] > 0, is_thing)[1:3].tolist()
+    for is_thing in (torch.tensor([True, False, True]), torch.tensor([False, True, True])):
+        counts = losses.pixel_counts(marked.long(), label > 0, is_thing)
+        assert counts[1:3].tolist() == losses.pixel_counts(kept[1], kept[1] > 0, is_thing)[1:3].tolist()
     marked[:], confident = 255, label < 0                 # no pixel counts: 0, not NaN
     counts = losses.pixel_counts(marked.long(), confident, is_thing)
     found = losses.dmsa_losses(logits, randn(2, 3, 4), marked, confident, counts, is_thing, (1, 1, 1, 0))
@@ -1742,6 +1742,19 @@ def test_masks_of_a_large_photograph_have_the_edges_of_logits_at_its_own_size(mo
     exact = F.interpolate(logits, size=(240, 320), mode="bilinear").argmax(1)[0].numpy()
     nearest = logits.argmax(1)[0].numpy().repeat(4, 0).repeat(4, 1)
     assert (found(240, 320) != exact).mean() < 0.001 < (nearest != exact).mean()
+
+
+def test_a_photograph_is_antialiased_and_its_mirror_image_counts_if_asked_for(monkeypatch):
+    """Every fourth column is white, and between them bilinear samples see black."""
+    network, columns, inputs = model.DMSA(small_vit(), 4).eval(), np.zeros((256, 256, 3), np.uint8), []
+    columns[:, 1::4] = 255
+    real = evaluation.mask_logits
+    monkeypatch.setattr(evaluation, "mask_logits", lambda *args: inputs.append(args) or real(*args))
+    checkpoint = {"args": {"size": 64}, "rates": (1, 6, 12, 18), "assignment": [0, 1, 2, 3]}
+    for flip in (False, True):
+        evaluation.segment_photograph(network, checkpoint, columns, flip=flip)
+    assert [args[5] for args in inputs] == [False, True] and inputs[0][1] == (1, 6, 12, 18)
+    assert abs(inputs[0][2].astype(int) - 64).max() < 20
 
 
 def test_par_refines_a_photograph_at_the_size_that_the_network_sees(uninterrupted):
