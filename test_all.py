@@ -2501,6 +2501,24 @@ def test_transfgus_teacher_becomes_the_student_which_starts_anew(tmp_path):
     assert ["teacher_miou" in record for record in log if "miou" in record] == [False, False, True]
 
 
+def test_labels_of_transfgu_are_of_patches_by_cam_scaled_by_the_crop_and_a_teacher_of_one_half():
+    trainer = trainer_of("--teacher-start", "1", method=transfgu.TransFGU)
+    network, batch = trainer.network, micro_batch(trainer)
+    maps = data.crop(0.3 * batch.cams, batch.draws, 4, "area")
+    low, high = maps.amin((1, 2, 3), keepdim=True), maps.amax((1, 2, 3), keepdim=True)
+    maps = (maps - low) / (high - low)
+    background = torch.cat([F.relu(0.1 - maps.amax(1, keepdim=True)), maps], 1)
+    image = model.normalise(data.augment(data.crop(batch.image, batch.draws, 32), batch.draws))
+    features = network.features(image)
+    teacher = network.decode(network.teacher, features, (1, 1, 2, 3))[0].softmax(1)
+    for epoch, masks in ((1, background), (2, background), (4, (background + teacher) / 2)):
+        (target,), counts = trainer.pseudo_labels([batch._replace(cams=0.3 * batch.cams)], epoch)
+        assert torch.equal(target.label, masks.argmax(1)) and target.label.shape == (2, 4, 4)
+        assert torch.equal(target.confident, maps.amax(1) > 0.1) and counts[0] == 2
+        assert all(map(torch.equal, target.features, features))
+    assert not torch.equal(background.argmax(1), target.label)
+
+
 def test_dropout_of_transfgu_is_of_the_step_and_ends_with_training():
     trainer = transfgu.TransFGU(transfgu.parse([]), small_vit(), data.Shapes(), {}, torch.device("cpu"))
     decoder, tokens = trainer.network.student.decoder, randn(2, 9, 48)
