@@ -13,6 +13,7 @@ import copy
 import gzip
 import hashlib
 import http.server
+import importlib
 import io
 import json
 import math
@@ -328,9 +329,9 @@ def test_losses_and_counts_leave_out_255_and_take_any_integers():
     for loss in (losses.cross_entropy_loss, losses.segmentation_loss,
                  lambda x, y: losses.cross_entropy_loss(x, y, permutation, 0.1)):
         torch.testing.assert_close(loss(logits, marked), loss(*kept))
-    is_thing = torch.tensor([False, True, True])
-    counts = losses.pixel_counts(marked.long(), label > 0, is_thing)
-    assert counts[1:3].tolist() == losses.pixel_counts(kept[1], kept[1] > 0, is_thing)[1:3].tolist()
+    for is_thing in (torch.tensor([True, False, True]), torch.tensor([False, True, True])):
+        counts = losses.pixel_counts(marked.long(), label > 0, is_thing)
+        assert counts[1:3].tolist() == losses.pixel_counts(kept[1], kept[1] > 0, is_thing)[1:3].tolist()
     marked[:], confident = 255, label < 0                 # no pixel counts: 0, not NaN
     counts = losses.pixel_counts(marked.long(), confident, is_thing)
     found = losses.dmsa_losses(logits, randn(2, 3, 4), marked, confident, counts, is_thing, (1, 1, 1, 0))
@@ -2330,6 +2331,19 @@ def test_masks_of_a_large_photograph_have_the_edges_of_logits_at_its_own_size(mo
     assert (found(240, 320) != exact).mean() < 0.001 < (nearest != exact).mean()
 
 
+def test_a_photograph_is_antialiased_and_its_mirror_image_counts_if_asked_for(monkeypatch):
+    """Every fourth column is white, and between them bilinear samples see black."""
+    network, columns, inputs = model.DMSA(small_vit(), 4).eval(), np.zeros((256, 256, 3), np.uint8), []
+    columns[:, 1::4] = 255
+    real = evaluation.mask_logits
+    monkeypatch.setattr(evaluation, "mask_logits", lambda *args: inputs.append(args) or real(*args))
+    checkpoint = {"args": {"size": 64}, "rates": (1, 6, 12, 18), "assignment": [0, 1, 2, 3]}
+    for flip in (False, True):
+        evaluation.segment_photograph(network, checkpoint, columns, flip=flip)
+    assert [args[5] for args in inputs] == [False, True] and inputs[0][1] == (1, 6, 12, 18)
+    assert abs(inputs[0][2].astype(int) - 64).max() < 20
+
+
 def test_par_refines_a_photograph_at_the_size_that_the_network_sees(uninterrupted):
     checkpoint, seen = evaluation.load_checkpoint(uninterrupted[0] / "run" / "best.pt"), []
     network, photograph = evaluation.restore(checkpoint, "cpu"), data.shapes(1, 300)[0][:200]
@@ -2579,6 +2593,23 @@ def test_things_are_clustered_among_windows_of_the_foreground_and_stuff_among_th
     assert sizes == [30, 30]
 
 
+def test_windows_are_of_images_spread_evenly_over_the_list_with_their_kind_before_them(tmp_path, monkeypatch):
+    args, vit, taken = options("--size", "64", out=tmp_path / "run"), small_vit(), []
+    source = Stuff()
+    source.limit(9)
+    monkeypatch.setattr(train, "BANK_IMAGES", 3)
+    monkeypatch.setattr(source, "squashed", lambda i, size: taken.append(int(i)) or np.resize(
+        data.shapes(i)[0], (size, size, 3)))
+    bank = np.concatenate(train.window_bank(args, source, vit, "digest", torch.device("cpu")))
+    assert taken == [0, 4, 8] and bank.shape[1] == 1 + 48
+    image = model.normalise(data.to_float(np.resize(data.shapes(0)[0], (1, 128, 128, 3))))
+    fore, back = cam.window_features(vit, image, 64, stuff=True)
+    expected = torch.cat([F.pad(fore, (1, 0), value=train.FOREGROUND),
+                          F.pad(back, (1, 0), value=train.BACKGROUND)])
+    assert_close(torch.from_numpy(bank[:len(expected)]).float(), expected, rtol=1e-3, atol=1e-3)
+    assert len(fore) and len(back)
+
+
 def test_coarse_labels_are_eq_5_scaled_over_each_image_and_scored_as_such(tmp_path):
     args, vit, source = options("--size", "64", out=tmp_path / "run"), small_vit(), data.Shapes()
     source.limit(18)                                      # 16 are computed at once
@@ -2605,11 +2636,12 @@ def test_no_element_of_a_gradient_exceeds_1():
 
 
 def epoch_of(epoch, **settings):
-    """All MicroBatches of an epoch of 40 images of one grey each."""
+    """All MicroBatches of an epoch of 40 images of one grey each, which is also the value of their maps."""
     args = options("--batch", "4")
     vars(args).update(settings)
-    images = np.arange(40, dtype=np.uint8).repeat(12).reshape(40, 2, 2, 3)
-    loader = train.batches(args, images, np.zeros((40, 1, 1, 1), np.float16), 10, epoch, torch.device("cpu"))
+    images, cams = (np.arange(40).astype(kind) for kind in (np.uint8, np.float16))
+    images, cams = images.repeat(12).reshape(40, 2, 2, 3), cams.reshape(40, 1, 1, 1)
+    loader = train.batches(args, images, cams, 10, epoch, torch.device("cpu"))
     return [batch for micro_batches, _ in loader for batch in micro_batches]
 
 
@@ -2617,15 +2649,18 @@ def test_each_epoch_has_every_image_once_in_another_order_with_the_draws_of_its_
     orders = []
     for epoch, jitter in ((1, [0.8, 0.8, 0.8, 0.2]), (2, [0.1] * 4), (2, [0] * 4)):
         loaded = epoch_of(epoch, jitter=jitter)
-        order = (255 * torch.cat([batch.image[:, 0, 0, 0] for batch in loaded])).round().long()   # sample s
+        order = torch.cat([batch.cams[:, 0, 0, 0] for batch in loaded]).long()    # sample s is image s
+        greys = 255 * torch.cat([batch.image[:, 0, 0, 0] for batch in loaded])
+        assert torch.equal(greys.round().long(), order)
         expected = data.draw(0, epoch, order, jitter)
         assert all(torch.equal(torch.cat(numbers), theirs)
                    for numbers, theirs in zip(zip(*(batch.draws for batch in loaded)), expected))
         assert (expected.brightness == 1).all() == (jitter == [0] * 4)
         orders.append(order.tolist())
     assert orders[0] != orders[1] == orders[2] and sorted(orders[0]) == sorted(orders[1]) == list(range(40))
-    twice = [batch.image for batch in epoch_of(1, repeat=2)]                      # 10 of its 20 steps
-    assert len(twice) == 10 and (255 * torch.cat(twice)[:, 0, 0, 0]).round().tolist() != orders[0]
+    for other in (dict(seed=1), dict(repeat=2)):          # of the latter 10 of 20 steps are taken here
+        order = [int(number) for batch in epoch_of(1, **other) for number in batch.cams[:, 0, 0, 0]]
+        assert len(order) == 40 and order != orders[0]
 
 
 @pytest.mark.parametrize("args, message", [
@@ -2948,8 +2983,7 @@ def test_processes_of_an_old_launcher_get_local_rank_and_ignore_it(tmp_path):
 
 
 def test_scores_do_not_depend_on_how_the_images_are_shared(monkeypatch):
-    trainer = train.Trainer(options("--teacher-start", "0"), small_vit(), data.Shapes(), {},
-                            torch.device("cpu"))
+    trainer = trainer_of("--teacher-start", "0")
     rng, network = np.random.default_rng(0), trainer.network
     images, labels = (rng.integers(0, n, (37, 64, 64, *c), np.uint8) for n, c in ((256, (3,)), (6, ())))
     cams = rng.random((37, 5, 8, 8)).astype(np.float16)
@@ -2957,6 +2991,7 @@ def test_scores_do_not_depend_on_how_the_images_are_shared(monkeypatch):
 
     def decode(head, features, rates):
         """What is predicted depends on all images of a group, as the last bits of a network's sums do."""
+        assert not head.training                          # no dropout where it has some
         logits, c = real(head, features, rates)
         return logits.roll(int(features[0].abs().sum()) % 6, 1), c
 
@@ -2977,6 +3012,7 @@ def test_scores_do_not_depend_on_how_the_images_are_shared(monkeypatch):
         for i in range(2):                                # of student and teacher (2, 6, 6), of CAM (6, 6)
             assert torch.equal(sum(totals[world][i::2]), totals[1][i]), (world, i)
     assert totals[1][0].sum() == 2 * labels.size and totals[1][1].sum() == labels.size
+    assert not torch.equal(*totals[1][0]) and network.student.training            # again
 
 
 def test_a_run_with_bad_numbers_stops_on_all_processes_and_keeps_its_checkpoint(tmp_path, uninterrupted):
@@ -3052,7 +3088,25 @@ def test_transfgus_teacher_becomes_the_student_which_starts_anew(tmp_path):
     assert ["teacher_miou" in record for record in log if "miou" in record] == [False, False, True]
 
 
-def test_dropout_of_transfgu_is_of_the_step_and_ends_with_training():
+def test_labels_of_transfgu_are_of_patches_by_cam_scaled_by_the_crop_and_a_teacher_of_one_half():
+    trainer = trainer_of("--teacher-start", "1", method=transfgu.TransFGU)
+    network, batch = trainer.network, micro_batch(trainer)
+    maps = data.crop(0.3 * batch.cams, batch.draws, 4, "area")
+    low, high = maps.amin((1, 2, 3), keepdim=True), maps.amax((1, 2, 3), keepdim=True)
+    maps = (maps - low) / (high - low)
+    background = torch.cat([F.relu(0.1 - maps.amax(1, keepdim=True)), maps], 1)
+    image = model.normalise(data.augment(data.crop(batch.image, batch.draws, 32), batch.draws))
+    features = network.features(image)
+    teacher = network.decode(network.teacher, features, (1, 1, 2, 3))[0].softmax(1)
+    for epoch, masks in ((1, background), (2, background), (4, (background + teacher) / 2)):
+        (target,), counts = trainer.pseudo_labels([batch._replace(cams=0.3 * batch.cams)], epoch)
+        assert torch.equal(target.label, masks.argmax(1)) and target.label.shape == (2, 4, 4)
+        assert torch.equal(target.confident, maps.amax(1) > 0.1) and counts[0] == 2
+        assert all(map(torch.equal, target.features, features))
+    assert not torch.equal(background.argmax(1), target.label)
+
+
+def test_dropout_of_transfgu_is_of_step_and_process_and_ends_with_training(monkeypatch):
     trainer = transfgu.TransFGU(transfgu.parse([]), small_vit(), data.Shapes(), {}, torch.device("cpu"))
     decoder, tokens = trainer.network.student.decoder, randn(2, 9, 48)
     outputs = [decoder(tokens)[0] for _ in range(2)]
@@ -3061,12 +3115,13 @@ def test_dropout_of_transfgu_is_of_the_step_and_ends_with_training():
     assert torch.equal(decoder(tokens)[0], decoder(tokens)[0])
     trainer.network.train()
     losses_of = []
-    for step in (5, 5, 6):                                # the same step again draws the same
+    for rank, step in ((0, 5), (0, 5), (0, 6), (1, 5)):   # the same step again draws the same
+        monkeypatch.setattr(train, "RANK", rank)
         state = copy.deepcopy(trainer.network.student.state_dict())
         targets, counts = trainer.pseudo_labels([micro_batch(trainer)], 1)
         losses_of.append(trainer.train_step(targets, counts, 1, step)["all"])
         trainer.network.student.load_state_dict(state)
-    assert losses_of[0] == losses_of[1] != losses_of[2]
+    assert losses_of[0] == losses_of[1] and len(set(losses_of)) == 3
 
 
 @pytest.mark.skipif(not hasattr(torch.cpu, "get_capabilities"), reason="torch is too old to tell")
@@ -4092,20 +4147,26 @@ def test_the_snippets_of_readme_and_usage_run_as_they_stand(text):
             and space["logits"].shape == (3, 21, 12, 12))
 
 
-def test_every_option_that_readme_and_docs_name_exists_and_helps_defaults_are_the_real_ones():
-    known = set()
-    tools = [file for file in HERE.glob("tools/*.py") if "__main__" in file.read_text()]
-    for file in ("train.py", "eval.py", *tools):
-        (code, text), = program(file, "--help")
-        assert code == 0, text
-        known |= set(re.findall(r"--[a-z][a-z-]+", text))
+def test_every_option_that_readme_and_docs_name_exists_and_helps_defaults_are_the_real_ones(
+        monkeypatch, capsys):
+    def help_of(start, *args):
+        monkeypatch.setattr(sys, "argv", ["program", *args, "--help"])
+        with pytest.raises(SystemExit, match="0"):
+            start()
+        return capsys.readouterr().out
+
+    tools = [importlib.import_module(f"tools.{file.stem}") for file in HERE.glob("tools/*.py")]
+    mains = [getattr(tool, "parse", None) or tool.main for tool in tools if tool is not pictures]
+    texts = [help_of(start) for start in (train.parse, evaluation.parse, *mains)]
+    texts += [help_of(show.parse, what) for what in ("explain", "compare", "clusters")]
+    known = set(re.findall(r"--[a-z][a-z-]+", "".join(texts))) | {"--released"}   # tools/transfgu.py's own
     torchrun = {"--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--master_port"}
-    for text in (README, *DOCS.values()):
+    for text in (*DOCS.values(), README):
         assert set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+[a-z]", text)) <= known | torchrun
     for given in ([], ["--data", "voc"], ["--data", "cocostuff27"]):              # those of the data set
-        args, (_, text) = train.parse(given), program("train.py", *given, "--help")[0]
+        args, text = train.parse(given), help_of(train.parse, *given)
         for name in ("teacher_weight", "momentum", "threshold", "batch", "lr", "teacher", "epochs", "lambdas",
-                     "par", "jitter", "size", "teacher_start", "data", "backbone"):
+                     "par", "jitter", "size", "teacher_start", "backbone"):
             entry = re.search(rf"\n  --{name.replace('_', '-')}[ ,\n].*?(?=\n  -|\n\n)", text, re.S)[0]
             assert re.search(rf"\({re.escape(str(vars(args)[name]))}[,;)]", re.sub(r"\s+", " ", entry)), entry
 
@@ -4115,7 +4176,7 @@ def test_decisions_that_code_cites_exist_and_functions_that_docs_name_do():
     for file in HERE.glob("*.py"):
         cited = re.findall(r"[Dd]ecisions? ((?:\d+(?:, | and )?)+)", file.read_text())
         assert set(re.findall(r"\d+", " ".join(cited))) <= rows, file
-    for page, text in {"README.md": README, **DOCS}.items():
+    for page, text in {**DOCS, "README.md": README}.items():
         for file, name in re.findall(r"`((?:tools/)?\w+\.py): ([\w.]+)`", text):
             assert re.search(rf"^\s*(?:def|class) {name.split('.')[-1]}\b|^{name} = ",
                              (HERE / file).read_text(), re.M), (file, name)
