@@ -54,8 +54,8 @@ def last_attention(vit, image):
     return x[:, 0], A.squeeze(2), v
 
 
-def attend(A, v):
-    """Eq. 2's A v for CLS: A (B, heads, n), v (B, heads, n, d) -> (B, D), the heads side by side."""
+def weighted_values(A, v):
+    """Eq. 2's A v for CLS, before the output projection: A (B, heads, n), v (B, heads, n, d) -> (B, D), the heads side by side."""
     return (A[:, :, None] @ v).flatten(1)
 
 
@@ -69,7 +69,7 @@ def finish_block(vit, x, attended):
 def cls_feature(vit, image):
     """CLS as the ViT gives it: normalised image (B, 3, H, W) -> (B, D)."""
     x, A, v = last_attention(vit, image)
-    return finish_block(vit, x, attend(A, v))
+    return finish_block(vit, x, weighted_values(A, v))
 
 
 def patch_grid(vit, image):
@@ -90,7 +90,8 @@ def window_centres(n, s):
               [ - 5 - ]
 
     A window reaches s // 2 patches from its centre to all sides: it has s patches where s is odd, but s + 1
-    where s is even. Even s: half a side apart, and one more that ends at the far border. Odd s: a side apart.
+    where s is even. Even s: half a side apart, and one more that ends at the far border. Odd s: a side apart,
+    from s on, so that the first patches are in no window.
     """
     if s % 2:
         return list(range(s, n - s // 2, s))
@@ -244,7 +245,7 @@ def class_activation_maps(vit, image, centroids):
     h, w = patch_grid(vit, image)
     patches = slice(-h * w, None)                         # of the tokens: the last, behind CLS and registers
     x, A, v = last_attention(vit, image)                  # (B, D), (B, heads, n), (B, heads, n, d)
-    attended = attend(A, v)                                                       # (B, D)
+    attended = weighted_values(A, v)                                                       # (B, D)
     with torch.enable_grad():
         copies = attended[:, None].repeat(1, len(centroids), 1).requires_grad_()  # (B, K, D)
         cosine = F.cosine_similarity(finish_block(vit, x[:, None], copies), centroids, dim=2)     # (B, K)

@@ -80,7 +80,7 @@ def draw(seed, epoch, samples, jitter=JITTER):
     (u_scale, u_y, u_x, u_flip, u_jitter, u_brightness, u_contrast, u_saturation, u_hue, u_grey,
      u_blur) = uniforms.T                                 # (B,) each
     jittered = u_jitter < 0.3
-    blurred = u_blur < 0.2                                # where it holds, u_blur is uniform in 0..0.2
+    sigma = (u_blur < 0.2) * (1 + 5 * u_blur)             # 1 to 2 where u_blur is uniform in 0..0.2, else 0
 
     def change(uniform, largest):                         # (B,), from -largest to largest, 0 if not jittered
         return jittered * (2 * uniform - 1) * largest
@@ -96,7 +96,7 @@ def draw(seed, epoch, samples, jitter=JITTER):
         saturation=1 + change(u_saturation, jitter[2]),
         hue=change(u_hue, jitter[3]),
         grey=u_grey < 0.2,
-        sigma=blurred * (1 + 5 * u_blur))                 # 1 to 2, or 0
+        sigma=sigma)
     return Draws(*(torch.from_numpy(n.astype(np.float32)) for n in numbers))
 
 
@@ -164,7 +164,7 @@ def to_float(image, device=None):
 
 
 # ============================================================================
-# All that the method needs of this file stands above. What follows reads files, and renders `shapes`.
+# What the method computes stands above. What follows reads files, and renders `shapes`.
 # ============================================================================
 # Programs: errors become lines, and files are written whole
 

@@ -303,9 +303,9 @@ def open_split(checkpoint, name=None, root=None, split="val", limit=None):
     A run on a folder has no classes of its own, so that any data set may score it.
     """
     trained = checkpoint["args"]
-    K, cache = len(checkpoint["names"]) - 1, Path(trained["out"]).parent / "cache"
-    source = data.dataset(name or trained["data"], root or trained["root"], split, K, trained["seed"],
-                          cache if cache.is_dir() else None)
+    cache = Path(trained["out"]).parent / "cache"         # COCO's list of samples may be there
+    source = data.dataset(name or trained["data"], root or trained["root"], split, trained["classes"],
+                          trained["seed"], cache if cache.is_dir() else None)
     if len(source.names) != len(checkpoint["names"]) and trained["data"] != "folder":
         raise UserError(f"this checkpoint has {len(checkpoint['names'])} classes, the data set "
                         f"{len(source.names)}; give the data set that it was trained on")

@@ -61,7 +61,7 @@ def fuse(cam, teacher_logits, teacher_weight):
 def pseudo_masks(cam, teacher_logits, teacher_weight, background=True, threshold=THRESHOLD, hard=False):
     """Fig. 2 as far as PAR: the masks whose arg max, once they are refined, is the pseudo label.
 
-    cam             (B, K, h, w)  in [0, 1], of `min_max`; decision 23 says over which image
+    cam             (B, K, h, w)  in [0, 1]: `min_max` of the whole image's, then cropped (decision 23)
     teacher_logits  (B, N, h, w), or None before the teacher takes part: CAM alone
     background      whether class 0 is background, N = K + 1; else N = K
     hard            CAM alone becomes 1 for the class of each patch and 0 for the others (decision 31): a
@@ -118,7 +118,7 @@ def cross_entropy(logits, label):
     return F.cross_entropy(full(logits), label.long(), ignore_index=VOID, reduction="none")
 
 
-def contrast(ce_map, logits, label, permutation, alpha):
+def permuted(ce_map, logits, label, permutation, alpha):
     """L_CE of each pixel: CE(logits, label) - alpha * CE(logits, permutation[label]), (B, H, W); void 0.
 
     The second term is TransFGU's and not in the paper (decision 12): a random permutation of the classes, one
@@ -144,11 +144,11 @@ def doubt(logits):
     return (1 - (p1 - p2))[:, 0]
 
 
-def balanced_mean(ce, label, foreground, n_background=None, n_foreground=None):
-    """Mean of ce (B, H, W) over background and over foreground, of which each counts one half; void none."""
+def balanced_mean(ce_map, label, foreground, n_background=None, n_foreground=None):
+    """Mean of a map (B, H, W) over background and over foreground, each counting one half; void none."""
     valid = label != VOID
-    of_background = mean_over(ce, valid & ~foreground, n_background)
-    of_foreground = mean_over(ce, valid & foreground, n_foreground)
+    of_background = mean_over(ce_map, valid & ~foreground, n_background)
+    of_foreground = mean_over(ce_map, valid & foreground, n_foreground)
     return (of_background + of_foreground) / 2
 
 
@@ -157,7 +157,7 @@ def similarity(class_embeddings):
     B, N, _ = class_embeddings.shape
     if N < 2:
         raise ValueError(f"class embeddings {tuple(class_embeddings.shape)}: at least two classes expected")
-    # the decoder's have unit length; others get it here, and the gradient leaves their lengths alone
+    # the decoder's have unit length already; the gradient is right for those, it takes lengths for constants
     c = full(class_embeddings)
     unit = c / c.norm(dim=2, keepdim=True).detach()                               # (B, N, D)
     cosine = unit @ unit.transpose(1, 2)                                          # (B, N, N)
@@ -201,16 +201,17 @@ def dmsa_losses(logits, class_embeddings, label, confident, counts, is_thing, la
     is_thing          (N,)          bool, as for `pixel_counts`
     lambdas           lambda_1 .. lambda_4
     background        channel 0 is background, and does not compete in L_un
-    permutation, alpha              as for `contrast`
+    permutation, alpha              as for `permuted`
     """
     n_images, n_background, n_foreground, n_confident = counts                    # as `pixel_counts` has them
     foreground = foreground_of(label, is_thing)                                   # (B, H, W)
-    ce_map = cross_entropy(logits, label)                 # (B, H, W), of which L_seg and L_CE are means
-    seg = balanced_mean(ce_map, label, foreground, n_background, n_foreground)
-    ce = mean_over(contrast(ce_map, logits, label, permutation, alpha), label != VOID,
-                   n_background + n_foreground)
-    un = mean_over(doubt(logits[:, 1:] if background else logits), confident, n_confident)
-    cls = similarity(class_embeddings).sum() / n_images
+    seg_map = cross_entropy(logits, label)                                        # (B, H, W)
+    seg = balanced_mean(seg_map, label, foreground, n_background, n_foreground)   # L_seg
+    ce_map = permuted(seg_map, logits, label, permutation, alpha)                 # (B, H, W)
+    ce = mean_over(ce_map, label != VOID, n_background + n_foreground)            # L_CE
+    un_map = doubt(logits[:, 1:] if background else logits)                       # (B, H, W)
+    un = mean_over(un_map, confident, n_confident)                                # L_un
+    cls = similarity(class_embeddings).sum() / n_images                           # L_cls
     lambda_1, lambda_2, lambda_3, lambda_4 = lambdas
     total = lambda_1 * seg + lambda_2 * ce + lambda_3 * un + lambda_4 * cls       # Eq. 6
     return {"seg": seg, "ce": ce, "un": un, "cls": cls, "all": total}
@@ -231,7 +232,7 @@ def cross_entropy_loss(logits, label, permutation=None, alpha=0.0):
     returns      ()            negative where the other class is far less likely than the label
     """
     ce_map = cross_entropy(logits, label)                 # (B, H, W)
-    return mean_over(contrast(ce_map, logits, label, permutation, alpha), label != VOID)
+    return mean_over(permuted(ce_map, logits, label, permutation, alpha), label != VOID)
 
 
 def segmentation_loss(logits, label, foreground=None):

@@ -169,8 +169,9 @@ class VisionTransformer(nn.Module):
             self.register_tokens = nn.Parameter(torch.zeros(1, registers, embed_dim))
         n_patches = (img_size // patch_size) ** 2
         self.pos_embed = None if rope else nn.Parameter(torch.zeros(1, 1 + n_patches, embed_dim))
-        n = embed_dim // num_heads // 4                   # wave lengths of RoPE for rows, as many for columns
-        self.register_buffer("periods", 100 ** (torch.arange(n) / n) if rope else None)           # decision 29
+        d_k = embed_dim // num_heads                      # a quarter: wave lengths for rows, as for columns
+        periods = 100 ** (torch.arange(d_k // 4) / (d_k // 4))
+        self.register_buffer("periods", periods if rope else None)                # decision 29
         self.patch_embed = PatchEmbed(patch_size, embed_dim)
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, eps=eps) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=eps)
@@ -409,11 +410,11 @@ REPOSITORIES = {                                          # of facebook and of t
     "dinov3_vitb16": ("dinov3-vitb16-pretrain-lvd1689m", "vit_base_patch16_dinov3.lvd1689m"),
 }
 
-# A name loses its wrappers; then others' words at its beginning or behind a dot become DINO's, row by row from
-# the top: attention.output.dense. before output.dense.
-TORCHS = r"_(orig_mod|(fsdp|checkpoint)_wrapped_module)\."
-WRAPPERS = re.compile(rf"^({TORCHS}|(module|model|backbone|teacher|teacher_backbone|vit|dinov2|dinov3_vit|"
-                      rf"dinov2_with_registers|encoder|embeddings)\.)+|{TORCHS}")
+# A name loses its wrappers; then others' words at its beginning or behind a dot become DINO's, row by row
+# from the top: attention.output.dense. before output.dense.
+TORCH_WRAPPER = r"_(orig_mod|(fsdp|checkpoint)_wrapped_module)\."                 # anywhere in a name
+WRAPPERS = re.compile(rf"^({TORCH_WRAPPER}|(module|model|backbone|teacher|teacher_backbone|vit|dinov2|"
+                      rf"dinov3_vit|dinov2_with_registers|encoder|embeddings)\.)+|{TORCH_WRAPPER}")
 OTHER_NAMES = {                                           # DINO's: HuggingFace's, DINOv3's, timm's
     "pos_embed": ("position_embeddings",),
     "register_tokens": ("storage_tokens", "reg_token"),

@@ -82,26 +82,26 @@ def average(k, masks, dilations):
 
 
 # ----------------------------------------------------------------------------
-# The same faster: masks as a table with a row for each pixel, neighbours as numbers of its rows
+# The same faster: masks as a table with a line for each pixel, neighbours as numbers of its lines
 
 
-def rows(x):
-    """A row for each pixel: (n, C, H, W) -> (n HW, C)."""
+def table(x):
+    """A line for each pixel: (n, C, H, W) -> (n HW, C)."""
     return x.flatten(2).transpose(1, 2).flatten(0, 1).contiguous()
 
 
-def neighbour_rows(n, H, W, dilations, device=None):
-    """In which row of such a table each pixel's N neighbours are, for n images: (n HW, N) int32.
+def neighbour_index(n, H, W, dilations, device=None):
+    """At which line of such a table each pixel's N neighbours are, for n images: (n HW, N) int32.
 
-    Rows y and columns x of pixels are read at their neighbours as if they were images themselves.
+    Pixel (y, x) of image i is at line i HW + y W + x. The y and the x of neighbours are read as masks are, by
+    `neighbours`, so that the border is the same.
     """
-    def read(coordinate):
-        return rows(torch.cat([*neighbours(coordinate, dilations)], dim=1)).int()
-
-    y = read(torch.arange(float(H), device=device).view(1, 1, H, 1))              # (H, N)
-    x = read(torch.arange(float(W), device=device).view(1, 1, 1, W))              # (W, N)
-    first = torch.arange(n, dtype=torch.int32, device=device) * (H * W)           # (n,), rows of the images
-    return (first[:, None, None, None] + y[:, None] * W + x).flatten(0, 2)
+    ys = torch.arange(float(H), device=device).view(1, 1, H, 1)
+    xs = torch.arange(float(W), device=device).view(1, 1, 1, W)
+    y = torch.cat([*neighbours(ys, dilations)]).int().view(1, -1, H, 1)           # (1, N, H, 1)
+    x = torch.cat([*neighbours(xs, dilations)]).int().view(1, -1, 1, W)           # (1, N, 1, W)
+    i = torch.arange(n, dtype=torch.int32, device=device).view(n, 1, 1, 1)
+    return table(i * H * W + y * W + x)
 
 
 class PAR(nn.Module):
@@ -132,24 +132,24 @@ class PAR(nn.Module):
                              f"(B, C, h, w) expected")
         B, _, H, W = image.shape
         masks = F.interpolate(full(masks), size=(H, W), mode="bilinear", align_corners=True)
-        if torch.compiler.is_compiling():                 # a graph for any B has no loop over its images
-            return self.refine(image, masks, neighbour_rows(B, H, W, self.dilations, image.device))
+        if torch.compiler.is_compiling():                 # torch.export: B is not known, so no loop over it
+            return self.refine(image, masks, neighbour_index(B, H, W, self.dilations, image.device))
         pixels = PIXELS_AT_ONCE["cuda" if image.is_cuda else "cpu"]
         n = min(B, max(1, pixels // (H * W)))             # images together
-        index = neighbour_rows(n, H, W, self.dilations, image.device)             # (n HW, N)
+        index = neighbour_index(n, H, W, self.dilations, image.device)             # (n HW, N)
         return torch.cat([self.refine(*some, index) for some in zip(image.split(n), masks.split(n))])
 
     def refine(self, image, masks, index):
-        """n images (n, 3, H, W), masks (n, C, H, W), `neighbour_rows` of n or more -> (n, C, H, W)."""
+        """n images (n, 3, H, W), masks (n, C, H, W), `neighbour_index` of n or more -> (n, C, H, W)."""
         n, C, H, W = masks.shape
         k = affinity(image, self.dilations, self.omega3, self.bandwidth)          # (n, N, H, W)
-        weights = rows(k.to(masks.dtype))                                         # (n HW, N)
+        weights = table(k.to(masks.dtype))                                        # (n HW, N)
         del k                                             # as large as the weights: free it
-        index = index[:n * H * W]                                                 # (n HW, N)
-        table = rows(masks)                                                       # (n HW, C)
-        for _ in range(self.iterations):                  # table[p] = sum_j weights[p, j] table[index[p, j]]
-            table = F.embedding_bag(index, table, mode="sum", per_sample_weights=weights)
-        return table.view(n, H, W, C).permute(0, 3, 1, 2)                         # (n, C, H, W)
+        index = index[:n * H * W]                         # (n HW, N); the last images may be fewer
+        lines = table(masks)                                                      # (n HW, C)
+        for _ in range(self.iterations):                  # lines[p] = sum_j weights[p, j] lines[index[p, j]]
+            lines = F.embedding_bag(index, lines, mode="sum", per_sample_weights=weights)
+        return lines.view(n, H, W, C).permute(0, 3, 1, 2)                         # (n, C, H, W)
 
 
 # ----------------------------------------------------------------------------

@@ -1340,7 +1340,7 @@ def test_each_missing_piece_of_voc_is_named_with_the_command_that_gets_it(tmp_pa
 
 def test_bench_times_every_stage_of_a_run(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setitem(train.BY_DATA_SET, "voc", dict(size=64, crop=32, bank=128, window=64))
+    monkeypatch.setitem(train.BY_DATA_SET, "voc", dict(size=64, crop=32, large=128, window=64))
     monkeypatch.setattr(bench, "BUDGET", 1e-3)
     bench.stages("tiny", 2)
     rows = re.findall(r"^\| (\w+)\b.* \| [\d.]+ \| [\d.]+ \|$", capsys.readouterr().out, re.M)
@@ -2275,18 +2275,19 @@ def test_names_are_read_beside_a_checkpoint_and_classes_of_one_name_become_one(t
 def test_overlays_leave_the_photograph_where_nothing_is_tint_and_outline_each_class_and_name_it():
     image, mask = np.full((64, 96, 3), 100, np.uint8), np.full((64, 96), 255, np.uint8)
     mask[8:56, 8:48], mask[8:56, 48:88], colours = 1, 2, data.palette()
-    bare = np.array(pictures.outlined(image, mask))
+    bare = np.array(pictures.outlined(image, mask, data.palette()))
     assert (bare[:7] == 100).all() and (bare[7, 8:88] == 255).all()               # as it was; white around
     assert (bare[8:56, 8] == colours[1]).all() and (bare[9:55, 48] == colours[2]).all()
     assert np.abs(bare[30, 30] - (0.6 * 100 + 0.4 * colours[1])).max() <= 1
-    names = np.array(pictures.outlined(image, mask, ["", "first", "second"]))
+    names = np.array(pictures.outlined(image, mask, data.palette(), ["", "first", "second"]))
     changed = (names != bare).any(2)
     assert changed[:, 8:48].sum() > 50 and changed[:, 48:88].sum() > 50           # each on its own ground
     assert not changed[:20].any() and not changed[44:].any()
     mask[0, 0], edge = 3, np.full((64, 96), 255, np.uint8)
-    pictures.outlined(image, mask, ["", "first", "second"])                     # a speck needs no name
+    pictures.outlined(image, mask, data.palette(), ["", "first", "second"])       # a speck needs no name
     edge[:, :3] = 1                                       # thinner than its name
-    named, bare = (np.array(pictures.outlined(image, edge, names)) for names in (["", "class"], None))
+    named, bare = (np.array(pictures.outlined(image, edge, data.palette(), names))
+                   for names in (["", "class"], None))
     assert np.ptp(np.flatnonzero((named != bare).any((0, 2)))) > 20               # not cut by the border
 
 
@@ -2303,7 +2304,7 @@ def test_the_sheet_shows_of_each_class_its_share_and_first_the_images_that_have_
 
     monkeypatch.setattr(pictures, "segment", segment)
     checkpoint = {"names": ["a", "b", "c", "b"], "assignment": [0, 1, 2, 1], "rates": None,
-                  "args": {"size": 10}}                   # cluster 3 is b, too
+                  "args": {"size": 10, "data": "voc"}}    # cluster 3 is b, too
     drawn = []
     monkeypatch.setattr(pictures, "page", lambda rows, *rest: drawn.append(rows))
     pictures.cluster_sheet(None, checkpoint, Source())
@@ -2363,7 +2364,8 @@ def test_another_data_set_must_have_as_many_classes(uninterrupted, tmp_path):
 
 
 def test_the_scenes_that_are_scored_are_those_of_the_runs_seed():
-    checkpoint = {"args": {"data": "shapes", "root": "x", "seed": 7}, "names": data.Shapes.names}
+    checkpoint = {"args": {"data": "shapes", "root": "x", "seed": 7, "classes": None, "out": "y"},
+                  "names": data.Shapes.names}
     assert evaluation.open_split(checkpoint).ids == data.Shapes("val", 7).ids
     assert evaluation.open_split(checkpoint, split="train", limit=3).ids == data.Shapes("train", 7).ids[:3]
 
@@ -2568,7 +2570,7 @@ def test_a_checkpoint_restores_both_heads_and_all_that_their_logits_depend_on():
         expected, _ = trainer.network.decode(theirs, features, (1, 3, 6, 9))
         assert torch.equal(network.decode(ours, network.features(image), checkpoint["rates"])[0], expected)
     other = trainer_of("--aspp-scale", "0.7", "--par", "1", "3", vit=model.backbone("tiny")[0])
-    train.restore(other, checkpoint)
+    train.load_state(other, checkpoint)
     assert other.epoch == 8 and same(train.checkpoint_of(other) | {"centroids": 0},
                                      checkpoint | {"centroids": 0})
 
@@ -2764,7 +2766,8 @@ def test_a_full_disk_is_named_and_leaves_the_old_file_whole(tmp_path, monkeypatc
     refused(lambda: train.write_whole(file, lambda f: f.write(b"new")), "last.pt: ",
             "No space left on device", "the same command goes on")
     monkeypatch.setattr(os, "replace", raising(OSError(28, "No space left on device")))
-    refused(lambda: train.cached_shards(options(out=tmp_path / "run"), "x", [], 9, np.array), "00.npy: ", "No space")
+    refused(lambda: train.cached_shards(options(out=tmp_path / "run"), "x", [], 9, np.array), "00.npy: ",
+            "No space")
     assert file.read_bytes() == b"old" and [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["last.pt"]
 
 
@@ -2773,7 +2776,7 @@ def test_caches_depend_on_what_made_them_but_not_on_the_roots_spelling(tmp_path,
     vit, _, digest = model.backbone("tiny")
     source, cpu, known = data.Shapes(), torch.device("cpu"), set()
     source.limit(16)
-    for name, value in ((None, 0), ("COVER", 0.4), ("CLEAR", 0.1), ("KEEP_MASS", 0.2), ("bank", 96),
+    for name, value in ((None, 0), ("COVER", 0.4), ("CLEAR", 0.1), ("KEEP_MASS", 0.2), ("large", 96),
                         ("window", 32), ("scales", (0.5,)), ("size", 128), ("seed", 1)):
         if name:
             monkeypatch.setattr(cam if name.isupper() else args, name, value)
@@ -2970,7 +2973,7 @@ def test_a_process_that_waits_for_another_one_ends_at_once_when_it_is_stopped(tm
                                        dict(RANK="1", WORLD_SIZE="2", MASTER_ADDR="x", MASTER_PORT="1")])
 def test_a_clusters_variables_are_nothing_where_torchrun_has_not_started_the_process(tmp_path, variables):
     text = ends(0, '"seed": 0', "train.py", *RUN, "--dry-run", "--out", tmp_path / "run", env=variables)
-    assert "val: 24 images" in text                       # said by the first process
+    assert "val: 24 scenes" in text                       # said by the first process
 
 
 def test_processes_of_an_old_launcher_get_local_rank_and_ignore_it(tmp_path):
@@ -3068,7 +3071,7 @@ def test_what_goes_wrong_on_a_gpu_or_between_processes_is_one_line_that_claims_n
         with pytest.raises(kind, match=words) as raised:
             train.all_reduce_sum(torch.zeros(1))
         assert kind is ConnectionError or "gone" not in str(raised.value)
-    monkeypatch.setattr(train, "available", lambda device: "cuda")
+    monkeypatch.setattr(train, "choose_device", lambda device: "cuda")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(train, "LOCAL_RANK", 1)
     refused(lambda: train.start_processes("auto"), "process 1", "no GPU of its own", "--nproc_per_node")
@@ -3721,7 +3724,7 @@ def test_a_concept_file_works_alone_in_an_empty_folder(tmp_path, names):
 def test_nothing_foreign_or_of_posix_alone_is_imported_and_nothing_executable_loaded_from_disk():
     posix = {"fcntl", "grp", "posix", "pty", "pwd", "resource", "syslog", "termios", "tty"}
     allowed = (set(sys.stdlib_module_names) - posix | {"torch", "numpy", "PIL", "scipy", "tools"}
-               | {p.stem for p in HERE.glob("*.py")})
+               | {p.stem for p in HERE.glob("*.py")} | {"start"})
     for file in [*HERE.glob("*.py"), *HERE.glob("tools/*.py")]:
         text, test = file.read_text(), file.name.startswith("test_")
         for node in ast.walk(ast.parse(text)):
@@ -4155,11 +4158,12 @@ def test_every_option_that_readme_and_docs_name_exists_and_helps_defaults_are_th
             start()
         return capsys.readouterr().out
 
-    tools = [importlib.import_module(f"tools.{file.stem}") for file in HERE.glob("tools/*.py")]
-    mains = [getattr(tool, "parse", None) or tool.main for tool in tools if tool is not pictures]
+    tools = [importlib.import_module(f"tools.{file.stem}") for file in HERE.glob("tools/*.py")
+             if "__main__" in file.read_text()]
+    mains = [getattr(tool, "parse", None) or tool.main for tool in tools]
     texts = [help_of(start) for start in (train.parse, evaluation.parse, *mains)]
     texts += [help_of(show.parse, what) for what in ("explain", "compare", "clusters")]
-    known = set(re.findall(r"--[a-z][a-z-]+", "".join(texts))) | {"--released"}   # tools/transfgu.py's own
+    known = set(re.findall(r"--[a-z][a-z-]+", "".join(texts)))
     torchrun = {"--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--master_port"}
     for text in (*DOCS.values(), README):
         assert set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+[a-z]", text)) <= known | torchrun

@@ -10,8 +10,8 @@ written after every epoch, with the same random numbers, so that nothing but the
 twice. --batch is the global batch: the result does not depend on the number of processes or of micro-batches
 (--accumulate) but for the order of sums.
 
-    options -> caches -> coarse labels (Fig. 2, left) -> class Trainer (Fig. 2, right) -> train(), the loop
-    -> below the line of "=": what a run needs besides
+    options -> caches -> coarse labels (Fig. 2, left) -> batches -> class Trainer (Fig. 2, right) -> train(),
+    the loop -> below the line of "=": what a run needs besides
 
 "Decision N" is row N of docs/decisions.md.
 """
@@ -56,22 +56,7 @@ if dist.is_torchelastic_launched():
 
 
 # ----------------------------------------------------------------------------
-# Options, with VOC's values. What the other data sets change stands in one place, BY_DATA_SET.
-
-BY_DATA_SET = {
-    "shapes": dict(backbone="tiny", size=192, crop=96, large=128, window=96, repeat=1,     # decision 26
-                   epochs=10, batch=8, lr=5e-4, momentum=0.97, teacher_start=4, par=[1, 2, 8, 16],
-                   lambdas=[0.3, 1.0, 0.1, 1.0], jitter=[0.4, 0.4, 0.4, 0.05]),
-    "voc": dict(),
-    "voc-aug": dict(repeat=1, epochs=150, lr=1e-5, lambdas=[0.1, 1.0, 0.3, 1.0]),
-    "coco80": dict(scales=cam.SCENE_SCALES, repeat=1, epochs=200, batch=256, lambdas=[0.1, 1.0, 0.3, 1.0],
-                   teacher_start=3),
-    "cocostuff27": dict(scales=cam.SCENE_SCALES, repeat=1, epochs=200, batch=256,
-                        lambdas=[0.1, 1.0, 0.3, 1.0], teacher_start=2, teacher_weight=0.5),
-    "folder": dict(root=None, classes=20, backbone="vits16", window=224, repeat=None,      # decision 32
-                   epochs=10, batch=16, teacher_start=4, lambdas=[0.1, 1.0, 0.3, 1.0]),
-}
-
+# Options, with VOC's values; below them BY_DATA_SET, what the other data sets change
 
 def number(kind, least, most=math.inf):
     """A type for argparse: an int or a float, `kind`, from `least` to `most`."""
@@ -88,15 +73,16 @@ def number(kind, least, most=math.inf):
 positive, zero_to_one, factor = number(int, 1), number(float, 0, 1), number(float, 0, 1e6)
 
 
-def parse(argv=None, **settings):
+def parse(argv=None, *parsers, **settings):
     """Options, and settings that have none, as one flat namespace of plain values.
 
-    settings   values of another method (tools/transfgu.py); they win over the data set's, an option over both
+    parsers, settings   options and values of another method (tools/transfgu.py); its values win over the data
+                        set's, an option that is given over both
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS)
     first.add_argument("--data", choices=data.NAMES, default="shapes", help="data set (%(default)s)")
     name = first.parse_known_args(argv)[0].data
-    p = argparse.ArgumentParser(parents=[first], allow_abbrev=False, usage=argparse.SUPPRESS,
+    p = argparse.ArgumentParser(parents=[first, *parsers], allow_abbrev=False, usage=argparse.SUPPRESS,
                                 formatter_class=argparse.RawDescriptionHelpFormatter,
                                 description=f"Train DMSA. In brackets: the defaults of --data {name}.",
                                 epilog=__doc__.split("\n\n")[1])
@@ -119,9 +105,9 @@ def parse(argv=None, **settings):
     p.add_argument("--weights", metavar="FILE",
         help="weights of that backbone (fetched once; tiny is shipped)")
     p.add_argument("--size", type=number(int, 1, 4096), default=320, metavar="PIXELS",
-        help="side of the squashed image (%(default)s, rounded up until half of it is whole patches). With "
-             "another value crops have half of it, the images that windows are cut from twice it, and "
-             "windows just it. Smaller is faster and worse")
+        help="side of the squashed image; half of it has to be whole patches (%(default)s, or the next that "
+             "is). With another value crops have half of it, the images that windows are cut from twice it, "
+             "and windows just it. Smaller is faster and worse")
     p.set_defaults(crop=160,                              # pixels: side of training crops,
                    large=640,                             # of the images that windows are cut from,
                    window=320,                            # that windows are resized to for the ViT
@@ -163,6 +149,8 @@ def parse(argv=None, **settings):
     p.add_argument("--jitter", type=zero_to_one, nargs=4, default=list(data.JITTER),
         metavar=("B", "C", "S", "H"),
         help="largest change of brightness, contrast, saturation, and of hue in turns (%(default)s)")
+    p.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto",
+        help="auto: bf16 on a GPU that has it; CAM, PAR and losses stay fp32 (%(default)s)")
 
     # the machine; these do not change the result, but for rounding
     p.add_argument("--accumulate", type=positive, default=1, metavar="N",
@@ -171,8 +159,6 @@ def parse(argv=None, **settings):
         help="threads that squash the images, once before training (%(default)s)")
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
         help="auto: cuda if there is one (%(default)s)")
-    p.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto",
-        help="auto: bf16 on a GPU that has it; CAM, PAR and losses stay fp32 (%(default)s)")
     p.add_argument("--local-rank", "--local_rank", help=argparse.SUPPRESS)        # an old launcher's: ignored
 
     p.set_defaults(**BY_DATA_SET[name])
@@ -195,20 +181,35 @@ def parse(argv=None, **settings):
     return args
 
 
+BY_DATA_SET = {
+    "shapes": dict(backbone="tiny", size=192, crop=96, large=128, window=96, repeat=1,     # decision 26
+                   epochs=10, batch=8, lr=5e-4, momentum=0.97, teacher_start=4, par=[1, 2, 8, 16],
+                   lambdas=[0.3, 1.0, 0.1, 1.0], jitter=[0.4, 0.4, 0.4, 0.05]),
+    "voc": dict(),
+    "voc-aug": dict(repeat=1, epochs=150, lr=1e-5, lambdas=[0.1, 1.0, 0.3, 1.0]),
+    "coco80": dict(scales=cam.SCENE_SCALES, repeat=1, epochs=200, batch=256, lambdas=[0.1, 1.0, 0.3, 1.0],
+                   teacher_start=3),
+    "cocostuff27": dict(scales=cam.SCENE_SCALES, repeat=1, epochs=200, batch=256,
+                        lambdas=[0.1, 1.0, 0.3, 1.0], teacher_start=2, teacher_weight=0.5),
+    "folder": dict(root=None, classes=20, backbone="vits16", window=224, repeat=None,      # decision 32
+                   epochs=10, batch=16, teacher_start=4, lambdas=[0.1, 1.0, 0.3, 1.0]),
+}
+
+
 def set_sizes(args, default, patch):
     """Fit size, crop, large and window, all in pixels, to --size and to the ViT's patch.
 
-        voc's own:                    320, 160, 640, 320
+        a data set's own:             320, 160, 640, 320 (voc); 192, 96, 128, 96 (shapes)
         with a patch of 14 pixels:    336, 168, 672, 336      half of the size has to be whole patches
         --size 256:                   256, 128, 512, 256
     """
-    typed = args.size != default
-    if not typed:
-        args.size = math.ceil(default / (2 * patch)) * 2 * patch
-    if args.size != default:
-        args.crop, args.large = args.size // 2, 2 * args.size
-    if typed or args.window % patch:
-        args.window = args.size
+    whole = math.ceil(default / (2 * patch)) * 2 * patch
+    if args.size == default == whole:
+        return
+    if args.size != default or args.window % patch:
+        args.window = whole if args.size == default else args.size
+    args.size = whole if args.size == default else args.size
+    args.crop, args.large = args.size // 2, 2 * args.size
 
 
 # ----------------------------------------------------------------------------
@@ -315,8 +316,8 @@ def window_bank(args, source, vit, digest, device):
         rows = []
         for i in shard:
             image = data.to_float(source.squashed(chosen[i], args.large)[None], device)
-            fore, back = cam.window_features(vit, normalise(image), args.window, args.scales,
-                                             source.stuff > 0)                    # (M, D), (M', D)
+            fore, back = cam.window_features(vit, normalise(image), size=args.window, scales=args.scales,
+                                             stuff=source.stuff > 0)              # (M, D), (M', D)
             rows += [F.pad(fore.cpu(), (1, 0), value=FOREGROUND), F.pad(back.cpu(), (1, 0), value=BACKGROUND)]
         return torch.cat(rows).half().numpy()
 
@@ -426,6 +427,9 @@ def batches(args, images, cams, steps, epoch, device):
 # The method: pseudo labels and training step (Fig. 2, right)
 
 
+LOSSES = ("seg", "ce", "un", "cls", "all")                # of Eq. 6, and their weighted sum
+
+
 class Target(NamedTuple):
     """What the student learns from a micro-batch: `pseudo_labels` makes it, `train_step` uses it."""
     features: tuple              # x, msa (b, D, h, w) of `DMSA.features`
@@ -436,7 +440,8 @@ class Target(NamedTuple):
 class Trainer:
     """Network, optimizer, and how far the run is. `pseudo_labels` and `train_step` are the halves of Fig. 2.
 
-    source   the training data set
+    source   the training data set, of which: background, whether class 0 is one; things, stuff, how many
+             clusters of each; names of the classes
     inputs   what the run was computed from: {"images": identity of each split, "weights": SHA-256 of the file
              of the ViT's weights, "centroids": (K, D)}
     """
@@ -528,15 +533,15 @@ class Trainer:
             loss = dmsa_losses(logits, class_embeddings.float(), target.label, target.confident, counts,
                                self.is_thing, args.lambdas, self.source.background, permutation, alpha)
             loss["all"].backward()
-            of_micro_batches.append(torch.stack(list(loss.values())).detach())
+            of_micro_batches.append(torch.stack([loss[name].detach() for name in LOSSES]))
 
         # sums over micro-batches and processes are the batch's means, since `counts` are the whole batch's
         of_batch = all_reduce_sum(sum(of_micro_batches))                          # (5,)
         # all gradients in one vector: one message between processes
         gradient = all_reduce_sum(torch.cat([p.grad.flatten() for p in self.params]))             # (P,)
-        numbers = torch.cat([of_batch, gradient.norm()[None]]).tolist()           # a GPU is waited for once
-        losses = dict(zip(loss, numbers))
-        if not all(map(math.isfinite, numbers)):
+        *values, norm = torch.cat([of_batch, gradient.norm()[None]]).tolist()     # a GPU is waited for once
+        losses = dict(zip(LOSSES, values))
+        if not all(map(math.isfinite, [*values, norm])):
             raise FloatingPointError(f"step {step + 1}: {self.not_finite(losses, gradient)} not finite; the "
                                      f"last checkpoint is kept")
         gradient.clamp_(-1, 1)                                                    # elementwise, as TransFGU
@@ -624,7 +629,7 @@ def train(args, device, trainer_class=Trainer):
 
 
 # ============================================================================
-# What a run needs besides. Whoever reads this file beside the paper has now seen all of the method.
+# What a run needs besides. The method stands above, but for Hungarian matching, which is eval.py's.
 # ============================================================================
 # Data and ViT
 
@@ -959,7 +964,10 @@ def barrier():
 
 @contextmanager
 def zero_first(rank):
-    """The process whose `rank` is 0 does what is inside first; the others then find what it left on disk."""
+    """The process whose `rank` is 0 does what is inside first; the others then find what it left on disk.
+
+    Each process passes one barrier: rank 0 behind what is inside, the others before it.
+    """
     if rank:
         barrier()
     yield

@@ -114,14 +114,14 @@ def add_dropout(decoder):
 def parse(argv=None):
     """Options of train.py with TransFGU's settings, or with those of DMSA's released code."""
     p = argparse.ArgumentParser(add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS)
-    p.add_argument("--released", action="store_true")
-    own, rest = p.parse_known_args(argv)
-    defaults = train.parse(rest)
+    p.add_argument("--released", action="store_true", help="DMSA as its authors released it, not TransFGU")
+    released = p.parse_known_args(argv)[0].released
+    defaults = train.parse(argv, p)
     fixed = dict(aspp="none", par=[], teacher="reset")
     settings = dict(method="released", intervals=INTERVALS[defaults.data])
-    if not own.released:                                  # without L_seg
+    if not released:                                      # without L_seg
         settings |= dict(method="transfgu", teacher_weight=0.5, lambdas=[0.0, *defaults.lambdas[1:]])
-    args = train.parse(rest, **fixed, **settings)
+    args = train.parse(argv, p, **fixed, **settings)
     for name, value in fixed.items():
         if getattr(args, name) != value:
             p.error(f"--{name}: this method has no choice of it; leave it out")
