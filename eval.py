@@ -304,7 +304,8 @@ def open_split(checkpoint, name=None, root=None, split="val", limit=None):
     """
     trained = checkpoint["args"]
     cache = Path(trained["out"]).parent / "cache"         # COCO's list of samples may be there
-    source = data.dataset(name or trained["data"], root or trained["root"], split, trained["classes"],
+    clusters_of_folder = len(checkpoint["names"]) - 1
+    source = data.dataset(name or trained["data"], root or trained["root"], split, clusters_of_folder,
                           trained["seed"], cache if cache.is_dir() else None)
     if len(source.names) != len(checkpoint["names"]) and trained["data"] != "folder":
         raise UserError(f"this checkpoint has {len(checkpoint['names'])} classes, the data set "

@@ -551,20 +551,25 @@ def dino_names(state):
         if name in vit:
             raise WeightsError(f"{theirs!r} is the second tensor that stands for {name!r}; give another file")
         vit[name] = value
-
-    has_rope = "pos_embed" not in vit                     # DINOv3, whose keys have no bias
-    for q in [name for name in vit if ".attn.q." in name]:
-        qkv = [q, q.replace(".q.", ".k."), q.replace(".q.", ".v.")]
-        if has_rope and q.endswith("bias"):
-            vit.setdefault(qkv[1], torch.zeros_like(vit[q]))
-        if len({vit[name].shape if name in vit else None for name in qkv}) == 1:
-            vit[q.replace(".q.", ".qkv.")] = torch.cat([torch.atleast_1d(vit.pop(name)) for name in qkv])
-    if has_rope and not any(name.endswith(".attn.qkv.bias") for name in vit):     # timm leaves out zeros
-        for weight in [name for name in vit if name.endswith(".attn.qkv.weight")]:
-            vit[weight.replace(".weight", ".bias")] = vit[weight].new_zeros(vit[weight].shape[:1])
+    merge_qkv(vit)
     if "register_tokens" in vit and is_square(positions(vit)):                    # timm has no row for CLS
         vit["pos_embed"] = F.pad(vit["pos_embed"], (0, 0, 1, 0))
     return vit
+
+
+def merge_qkv(vit):
+    """Make attn.q, attn.k and attn.v of a state dict one attn.qkv, in place; DINOv3's missing biases are 0."""
+    has_rope = "pos_embed" not in vit                     # DINOv3, whose keys have no bias
+    for q in [name for name in vit if ".attn.q." in name]:
+        k, v = q.replace(".q.", ".k."), q.replace(".q.", ".v.")
+        if has_rope and q.endswith("bias"):
+            vit.setdefault(k, torch.zeros_like(vit[q]))
+        if all(name in vit and vit[name].shape == vit[q].shape for name in (k, v)):       # else `misfit` says
+            pieces = [torch.atleast_1d(vit.pop(name)) for name in (q, k, v)]
+            vit[q.replace(".q.", ".qkv.")] = torch.cat(pieces)
+    if has_rope and not any(name.endswith(".attn.qkv.bias") for name in vit):     # timm leaves out zeros
+        for weight in [name for name in vit if name.endswith(".attn.qkv.weight")]:
+            vit[weight.replace(".weight", ".bias")] = vit[weight].new_zeros(vit[weight].shape[:1])
 
 
 def positions(state):

@@ -192,7 +192,7 @@ BY_DATA_SET = {
     "cocostuff27": dict(scales=cam.SCENE_SCALES, repeat=1, epochs=200, batch=256,
                         lambdas=[0.1, 1.0, 0.3, 1.0], teacher_start=2, teacher_weight=0.5),
     "folder": dict(root=None, classes=20, backbone="vits16", window=224, repeat=None,      # decision 32
-                   epochs=10, batch=16, teacher_start=4, lambdas=[0.1, 1.0, 0.3, 1.0]),
+                   epochs=10, batch=16, lr=5e-4, teacher_start=4, lambdas=[0.3, 1.0, 0.1, 1.0]),
 }
 
 
