@@ -9,6 +9,7 @@ the peers' own code gave (assets/golden). What the golden numbers prove is not p
 
 import argparse
 import ast
+import contextlib
 import copy
 import gzip
 import hashlib
@@ -4114,7 +4115,7 @@ def test_golden_readme_has_a_row_for_every_test_and_the_tests_read_every_shipped
 
 
 def arguments_of(start, *words):
-    """Names of the options and arguments of a program, from its own parser."""
+    """Names of the options and arguments of a program, or of what it can do, from its own parser."""
     parsers = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["program", *words, "--help"])
@@ -4122,6 +4123,8 @@ def arguments_of(start, *words):
         with pytest.raises(SystemExit, match="0"):
             start()
     shown = [action for action in parsers[0]._actions if action.help is not argparse.SUPPRESS]
+    if isinstance(shown[-1], argparse._SubParsersAction):
+        return shown[-1].choices.keys()
     return {max(action.option_strings, key=len, default=action.dest) for action in shown} - {"--help"}
 
 
@@ -4227,11 +4230,11 @@ OF_A_RUN = {
                     ("--precision fp32", "", "")],        # what auto is on a CPU
     "--accumulate": [("--accumulate 3", "", "micro_batches ...")],                # and the order of sums
     "--device": [("--device cpu", "", "")]}
-OF_TRANSFGU = {
-    "--threshold": [("--threshold 0.4", "", "confident un " + LABEL)],
+OF_TRANSFGU = {                                           # whose student is new when the second epoch begins
+    "--threshold": [("--threshold 0.4", "", "label confident seg ce un all teacher taught")],
     "--teacher-weight": [("--teacher-weight 0.95", "", "taught")],
-    "--released": [("--released", "", "all student teacher taught")],
-    "--lambdas": [("--lambdas 2 1 0.1 1", "", "all student teacher taught")]}
+    "--released": [("--released", "", "all teacher taught")],
+    "--lambdas": [("--lambdas 2 1 0.1 1", "", "all teacher taught")]}
 
 
 def test_every_option_of_a_run_changes_what_it_names_and_nothing_else(tmp_path, monkeypatch):
@@ -4250,6 +4253,8 @@ def test_every_option_of_a_run_changes_what_it_names_and_nothing_else(tmp_path, 
     count = iter(range(1000))
     run = lambda *args, **method: run_of(f"runs/{next(count)}", *args, **method)
 
+    assert {file.stem for file in HERE.glob("tools/*.py") if "__main__" in file.read_text()} == {
+        "ablation", "bench", "get_data", "how_many", "par_on_photos", "pretrain", "show", "transfgu"}
     assert arguments_of(train.parse) == OF_A_RUN.keys()
     results = see_what_changes(OF_A_RUN, run)
     for name, value in results["--accumulate 3"].items():
@@ -4324,6 +4329,220 @@ def test_every_option_of_eval_changes_what_it_names_and_nothing_else(uninterrupt
 
     assert arguments_of(evaluation.parse) == OF_EVAL.keys()
     see_what_changes(OF_EVAL, scored)
+
+
+OF_ABLATION = {
+    "--data": [("--data voc", "", "data backbone epochs out")],
+    "--backbone": [("--backbone vits16", "", "backbone out")],
+    "--seeds": [("--seeds 1 2 1", "", "seeds out"), ("--seeds 2 1", "--seeds 1 2", "seeds out")],
+    "--rows": [("--rows static", "", "rows aspp teacher out"),
+               ("--rows released no-teacher", "", "rows aspp teacher out")],
+    "--out": [("--out elsewhere", "", "out")],
+    "options": [("-- --epochs 3", "", "epochs")]}
+OF_BENCH = {
+    "--quick": [("--quick", "", "repeat")],
+    "--only": [("--only par", "", "cases")],
+    "--stages": [("--stages", "", "cases repeat crops backbone")],
+    "--crops": [("--stages --crops 7", "--stages", "crops")],
+    "--whole": [("--whole new", "", "cases repeat command"),
+                ("--whole new --limit 3", "--whole new", "command")],             # goes to train.py
+    "--processes": [("--whole new --processes 2", "--whole new", "command")],
+    "--backbone": [("--whole new --backbone tiny", "--whole new", "command"),
+                   ("--stages --backbone tiny", "--stages", "backbone")]}
+OF_GET_DATA = {
+    "name": [("coco80", "voc", "name")],
+    "--root": [("voc --root x", "voc", "root"), ("voc --check --root x", "voc --check", "root")],
+    "--check": [("voc --check", "voc", "check")],
+    "--url": [("voc --url http://a/b", "voc", "url")]}
+OF_HOW_MANY = {
+    "run": [("other", "run", "run")],
+    "--root": [("run --root photos", "run", "root")],
+    "--classes": [("run --classes 4 3 4", "run", "classes")]}
+OF_PAR_ON_PHOTOS = {
+    "--root": [("--root x", "", "root")],
+    "--limit": [("--limit 3", "", "images")],
+    "--seed": [("--seed 5", "", "seed")]}
+OF_PRETRAIN = {
+    "--data": [("--data folder", "", "pictures weights out")],
+    "--root": [("--root x", "", ""), ("--data folder --root other", "--data folder", "pictures weights")],
+    "--images": [("--images 3", "", "pictures weights")],
+    "--steps": [("--steps 1", "", "weights")],
+    "--batch": [("--batch 1", "", "weights")],
+    "--lr": [("--lr 0.1", "", "weights")],
+    "--seed": [("--seed 1", "", "weights")],
+    "--out": [("--out elsewhere.pt", "", "out")]}
+OF_SHOW = {
+    "explain": {
+        "run": [("explain other.pt photo.png", "explain run.pt photo.png", "picture")],
+        "photo": [("explain run.pt other.png", "explain run.pt photo.png", "picture files")],
+        "--out": [("explain run.pt photo.png --out x", "explain run.pt photo.png", "files")],
+        "--device": [("explain run.pt photo.png --device cpu", "explain run.pt photo.png", "")]},
+    "compare": {
+        "runs": [("compare other.pt", "compare run.pt", "picture")],
+        "--predict": [("compare run.pt --predict photo.png", "compare run.pt", "picture")],
+        "--limit": [("compare run.pt --limit 2", "compare run.pt", "picture")],
+        "--out": [("compare run.pt --out x", "compare run.pt", "files")],
+        "--device": [("compare run.pt --device cpu", "compare run.pt", "")]},
+    "clusters": {
+        "run": [("clusters other.pt", "clusters run.pt", "picture")],
+        "--device": [("clusters run.pt --device cpu", "clusters run.pt", "")]}}
+
+
+def test_every_option_of_the_ablation_and_bench_changes_what_it_names_and_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def ablated(*args):
+        base = [] if "--rows" in args else ["--rows", "dmsa", "released"]
+        base += [] if "--seeds" in args else ["--seeds", "0"]
+        runs = ablation.runs_of(ablation.parse([*base, *args]))
+        found = {"rows": [run.row for run in runs], "seeds": [run.seed for run in runs]}
+        for name in ("data", "backbone", "epochs", "out", "aspp", "teacher"):
+            found[name] = [getattr(run.args, name) for run in runs]
+        return {name: list(dict.fromkeys(values)) for name, values in found.items()}
+
+    def timed(*args):
+        """Of --whole the command that would train; of the rest what is to be timed."""
+        result = {}
+        monkeypatch.setattr(sys, "argv", ["bench.py", *args])
+        monkeypatch.setattr(bench, "beside_textbook",
+                            lambda cases, repeat: result.update(cases=cases, repeat=repeat))
+        monkeypatch.setattr(bench, "stages", lambda backbone, crops: result.update(
+            backbone=backbone, crops=crops))
+        monkeypatch.setattr(bench, "make_voc", lambda root: Path(root).mkdir())
+        monkeypatch.setattr(bench, "VisionTransformer", lambda **architecture: nn.Identity())
+
+        class Popen:
+            stdout, returncode = (), 0
+            __enter__, __exit__ = lambda self: self, lambda *args: None
+
+            def __init__(self, command, **rest):
+                result["command"] = [str(word) for word in command]
+
+        monkeypatch.setattr(bench.subprocess, "Popen", Popen)
+        bench.main()
+        shutil.rmtree("new", ignore_errors=True)
+        return result
+
+    assert arguments_of(ablation.parse) == OF_ABLATION.keys()
+    see_what_changes(OF_ABLATION, ablated)
+    assert arguments_of(bench.parse) == OF_BENCH.keys()
+    results = see_what_changes(OF_BENCH, timed)
+    assert results["--whole new --limit 3"]["command"][-2:] == ["--limit", "3"]
+    assert "--nproc_per_node=2" in results["--whole new --processes 2"]["command"]
+
+
+def test_every_option_of_the_small_tools_changes_what_it_names_and_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def fetched(*args):
+        monkeypatch.setattr(sys, "argv", ["get_data.py", *args])
+        result = {}
+        monkeypatch.setattr(get_data, "download", lambda name, root, url: result.update(
+            name=name, root=root, url=url or "", check=False))
+        monkeypatch.setattr(get_data, "check_splits", lambda name, root: result.update(
+            name=name, root=root, url="", check=True))
+        get_data.main()
+        return result
+
+    def counted(*args):
+        monkeypatch.setattr(sys, "argv", ["how_many.py", *args])
+        result, vit = {"classes": []}, SimpleNamespace()
+        source = data.Shapes()
+
+        def read(args, state):
+            result["root"] = args.root
+            return {"train": source}
+
+        monkeypatch.setattr(how_many, "load_checkpoint", lambda file: result.update(run=file) or {
+            "args": {"root": "data"}})
+        monkeypatch.setattr(train, "open_data", read)
+        monkeypatch.setattr(train, "frozen_vit", lambda *args: (vit, "digest"))
+        monkeypatch.setattr(train, "window_bank", lambda *args: [np.zeros((9, 5), np.float16)])
+        monkeypatch.setattr(how_many, "agreement", lambda bank, k, rng: result["classes"].append(k) or {
+            "halves": [1.0, 1.0], "starts": [1.0, 1.0]})
+        how_many.main()
+        return result
+
+    def refined(*args):
+        monkeypatch.setattr(sys, "argv", ["par_on_photos.py", "--limit", "2", *args])
+        result = {"images": [], "seed": []}
+
+        class Source(data.Dataset):
+            def __init__(self, root, split):
+                self.ids = self.images = self.labels = range(9)
+                result["root"] = root
+
+        def scored(source, i, seed):
+            result["images"].append(i)
+            result["seed"] = seed
+            return np.zeros((len(par_on_photos.RESTORED), len(par_on_photos.COARSE)))
+
+        monkeypatch.setattr(data, "VOC", Source)
+        monkeypatch.setattr(par_on_photos, "scores", scored)
+        par_on_photos.main()
+        return result
+
+    assert arguments_of(get_data.parse) == OF_GET_DATA.keys()
+    see_what_changes(OF_GET_DATA, fetched)
+    assert arguments_of(how_many.parse) == OF_HOW_MANY.keys()
+    for run in ("run", "other"):
+        (tmp_path / run).mkdir()
+    see_what_changes(OF_HOW_MANY, counted)
+    assert arguments_of(par_on_photos.parse) == OF_PAR_ON_PHOTOS.keys()
+    see_what_changes(OF_PAR_ON_PHOTOS, refined)
+
+
+def test_every_option_of_pretrain_changes_what_it_names_and_nothing_else(tmp_path, monkeypatch):
+    for folder, i in np.ndindex(2, 4):
+        save(tmp_path / ("data", "other")[folder] / f"{i}.png", data.shapes((folder, int(i)), 96)[0])
+    (tmp_path / "assets").mkdir()
+    monkeypatch.chdir(tmp_path)
+    here = SimpleNamespace(map=lambda call, items, chunksize: map(call, items))   # without processes
+    monkeypatch.setattr(pretrain, "ProcessPoolExecutor", lambda: contextlib.nullcontext(here))
+    all_pictures = pretrain.all_pictures
+
+    def trained(*args):
+        result = {}
+        base = ["--images", "4", "--steps", "2", "--batch", "2"]
+        monkeypatch.setattr(sys, "argv", ["pretrain.py", *base, *args])
+        monkeypatch.setattr(pretrain, "all_pictures", lambda args: result.setdefault(
+            "pictures", all_pictures(args)))
+        pretrain.main()
+        file, = Path().rglob("*.pt")
+        result |= {"out": str(file), "weights": torch.load(file, weights_only=True)}
+        file.unlink()
+        return result
+
+    assert arguments_of(pretrain.parse) == OF_PRETRAIN.keys()
+    see_what_changes(OF_PRETRAIN, trained)
+
+
+def test_every_option_of_show_changes_what_it_names_and_nothing_else(uninterrupted, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(pictures, "SHEET", 4)
+    monkeypatch.chdir(tmp_path)
+    last = uninterrupted[1] | {"args": uninterrupted[1]["args"] | {"limit": 4}}
+    torch.save(last, "run.pt")
+    torch.save(last | {"student": last["teacher"]}, "other.pt")
+    for i, name in enumerate(("photo.png", "other.png")):
+        save(tmp_path / "in" / name, data.shapes(i, 96)[0])
+
+    def drawn(*args):
+        before = set(Path().rglob("*.png"))
+        words = [f"in/{word}" if word.endswith(".png") else word for word in args]
+        limit = ["--limit", "1"] if args[0] == "compare" and "--limit" not in args else []
+        monkeypatch.setattr(sys, "argv", ["show.py", *words, *limit])
+        show.main()
+        file, = set(Path().rglob("*.png")) - before
+        with Image.open(file) as picture:
+            result = {"files": str(file), "picture": torch.from_numpy(np.array(picture))}
+        file.unlink()
+        return result
+
+    for what, table in OF_SHOW.items():
+        assert arguments_of(show.parse, what) == table.keys()
+        see_what_changes(table, drawn)
+    assert arguments_of(show.parse) == OF_SHOW.keys()
 
 
 # ----------------------------------------------------------------------------
