@@ -9,6 +9,7 @@ the peers' own code gave (assets/golden). What the golden numbers prove is not p
 
 import argparse
 import ast
+import contextlib
 import copy
 import gzip
 import hashlib
@@ -4107,6 +4108,441 @@ def test_golden_readme_has_a_row_for_every_test_and_the_tests_read_every_shipped
     assert sorted(read) == sorted(shipped)
     for folder, limit in ((SHIPPED, 420_000), (SHIPPED / "weights", 500_000)):
         assert sum(file.stat().st_size for file in shipped if file.parent == folder) < limit
+
+
+# ----------------------------------------------------------------------------
+# Every option of every program, from its own parser, changes what it names and nothing else
+
+
+def arguments_of(start, *words):
+    """Names of the options and arguments of a program, or of what it can do, from its own parser."""
+    parsers = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["program", *words, "--help"])
+        patch.setattr(argparse.ArgumentParser, "print_help", lambda parser, file=None: parsers.append(parser))
+        with pytest.raises(SystemExit, match="0"):
+            start()
+    shown = [action for action in parsers[0]._actions if action.help is not argparse.SUPPRESS]
+    if isinstance(shown[-1], argparse._SubParsersAction):
+        return shown[-1].choices.keys()
+    return {max(action.option_strings, key=len, default=action.dest) for action in shown} - {"--help"}
+
+
+def see_what_changes(table, quantities):
+    """See that each row of {option: rows} changes exactly the quantities that it names, or at least (...).
+
+    row          arguments, those to compare with, names of the quantities that are not the same
+    quantities   what a program makes of such arguments: {name: value}
+    """
+    results, wrong = {}, []
+    for option, rows in table.items():
+        for *both, names in rows:
+            for args in both:
+                if args not in results:
+                    results[args] = quantities(*args.split())
+            one, other = (results[args] for args in both)
+            changed = {name for name in one.keys() | other.keys()
+                       if name not in one or name not in other or not same(one[name], other[name])}
+            named, more = set(names.split()) - {"..."}, "..." in names
+            if changed != named and not (more and changed > named):
+                wrong.append((option, *both, sorted(changed ^ named)))
+    assert not wrong
+    return results
+
+
+def run_of(out, *args, method=train.Trainer):
+    """Quantities of a run of two epochs of two steps; the teacher takes part in the second.
+
+    They are of the first step; student and teacher, and the labels that it then gives ("taught"), are of the
+    first step of the second epoch.
+    """
+    result = {"steps": 0}
+
+    class Recorder(method):
+        def pseudo_labels(self, micro_batches, epoch):
+            targets, counts = super().pseudo_labels(micro_batches, epoch)
+            label = torch.cat([target.label for target in targets])
+            if "label" not in result:
+                draws = [torch.cat(numbers) for numbers in zip(*(batch.draws for batch in micro_batches))]
+                result.update(
+                    micro_batches=len(micro_batches), place=draws[:4], colours=draws[4:], label=label,
+                    image=torch.cat([batch.image for batch in micro_batches]),
+                    cams=torch.cat([batch.cams for batch in micro_batches]),
+                    features=[torch.cat(pair) for pair in zip(*(target.features for target in targets))],
+                    confident=torch.cat([target.confident for target in targets]),
+                    names=self.source.names, files=self.inputs["images"], weights=self.inputs["weights"],
+                    centroids=self.inputs["centroids"])
+            if epoch == 2 and "taught" not in result:
+                student, teacher = (copy.deepcopy(head.state_dict())
+                                    for head in (self.network.student, self.network.teacher))
+                result.update(student=student, teacher=teacher, taught=label)
+            return targets, counts
+
+        def train_step(self, *targets):
+            losses_of = super().train_step(*targets)
+            result["steps"] += 1
+            return [result.setdefault(name, value) for name, value in losses_of.items()] and losses_of
+
+    parse = transfgu.parse if method is transfgu.TransFGU else train.parse
+    args = parse(["--limit", "6", "--epochs", "2", "--batch", "3", "--size", "64", "--teacher-start", "1",
+                  "--threshold", "0.3", "--out", out, *args])
+    train.main(args, Recorder)
+    if (Path(args.out) / "last.pt").exists():
+        result["out"] = Path(args.out).parent
+    return result
+
+
+LATER = "student teacher taught "                         # what follows from other losses,
+LABEL = "label seg ce all " + LATER                       # from other labels,
+BATCH = "image cams features confident un cls " + LABEL   # and from other images
+FOLDER = "--data folder --backbone tiny --classes 3 --root "
+OF_A_RUN = {
+    "--data": [(FOLDER + "a", "", "names files ...")],
+    "--root": [("--root x", "", ""), (FOLDER + "./a/", FOLDER + "a", ""), (FOLDER + "b", FOLDER + "a", "files ...")],
+    "--classes": [("--classes 7", "", "centroids cams un cls " + LABEL)],
+    "--limit": [("--limit 7", "", "files centroids place colours " + BATCH)],
+    "--out": [("--out elsewhere/run --workers 1", "", "out")],                    # without the others' caches
+    "--workers": [("--out elsewhere/again --workers 2", "", "out")],
+    "--seed": [("--seed 1", "", "files centroids place colours " + BATCH)],
+    "--dry-run": [("--dry-run", "", "steps out ...")],
+    "--backbone": [("--backbone vits16 --weights shallow.pt", "",
+                    "weights centroids cams features confident un cls " + LABEL)],
+    "--weights": [("--weights tiny.pt", "", ""),
+                  ("--weights other.pt", "", "weights centroids cams features confident un cls " + LABEL)],
+    "--size": [("--size 96", "", "centroids " + BATCH)],
+    "--aspp": [("--aspp none", "", "seg ce un cls all " + LATER), ("--aspp static", "", LATER)],
+    "--aspp-scale": [("--aspp-scale 0.7", "", LATER)],
+    "--par": [("--par", "", LABEL), ("--par 3", "", LABEL)],
+    "--threshold": [("--threshold 0.4", "", "confident un " + LABEL)],
+    "--coarse": [("--coarse soft", "", LABEL), ("--coarse soft --par", "--par", "")],
+    "--teacher": [("--teacher none", "", "teacher taught")],
+    "--teacher-start": [("--teacher-start 0", "", LABEL), ("--teacher-start 2", "", "taught")],
+    "--teacher-weight": [("--teacher-weight 0.95", "", "taught")],
+    "--momentum": [("--momentum 0.1", "", "teacher taught")],
+    "--lambdas": [(f"--lambdas {lambdas}", "", "all " + LATER)
+                  for lambdas in ("2 1 0.1 1", "0.3 2 0.1 1", "0.3 1 1 1", "0.3 1 0.1 3")],
+    "--epochs": [("--epochs 3", "", "steps")],
+    "--batch": [("--batch 2", "", "steps place colours " + BATCH)],
+    "--lr": [("--lr 0.01", "", LATER)],
+    "--jitter": [(f"--jitter {jitter}", "", "colours features seg ce un cls all " + LATER)
+                 for jitter in ("0 0.4 0.4 0.05", "0.4 0 0.4 0.05", "0.4 0.4 0 0.05", "0.4 0.4 0.4 0")],
+    "--precision": [("--precision bf16", "", "features seg ce un cls all " + LATER),
+                    ("--precision fp32", "", "")],        # what auto is on a CPU
+    "--accumulate": [("--accumulate 3", "", "micro_batches ...")],                # and the order of sums
+    "--device": [("--device cpu", "", "")]}
+OF_TRANSFGU = {                                           # whose student is new when the second epoch begins
+    "--threshold": [("--threshold 0.4", "", "label confident seg ce un all teacher taught")],
+    "--teacher-weight": [("--teacher-weight 0.95", "", "taught")],
+    "--released": [("--released", "", "all teacher taught")],
+    "--lambdas": [("--lambdas 2 1 0.1 1", "", "all teacher taught")]}
+
+
+def test_every_option_of_a_run_changes_what_it_names_and_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(train, "show_results", lambda *args: None)
+    monkeypatch.setattr(train, "FOLDER_STEPS", 2)
+    monkeypatch.setitem(transfgu.INTERVALS, "shapes", (1,))
+    monkeypatch.setitem(model.BACKBONES, "vits16", (model.BACKBONES["tiny"][0] | {"depth": 4}, None))
+    monkeypatch.chdir(tmp_path)
+    for i in range(12):
+        save(tmp_path / f"{'ab'[i // 6]}/{i}.png", data.shapes(i, 96)[0])
+    shutil.copy(HERE / "assets" / "tiny.pt", "tiny.pt")
+    tiny = torch.load("tiny.pt", weights_only=True)
+    torch.save({name: value * (1 + 0.1 * randn(*value.shape)) for name, value in tiny.items()}, "other.pt")
+    torch.save({name: value for name, value in tiny.items() if not name.startswith("blocks.4.")}, "shallow.pt")
+    count = iter(range(1000))
+    run = lambda *args, **method: run_of(f"runs/{next(count)}", *args, **method)
+
+    assert {file.stem for file in HERE.glob("tools/*.py") if "__main__" in file.read_text()} == {
+        "ablation", "bench", "get_data", "how_many", "par_on_photos", "pretrain", "show", "transfgu"}
+    assert arguments_of(train.parse) == OF_A_RUN.keys()
+    results = see_what_changes(OF_A_RUN, run)
+    for name, value in results["--accumulate 3"].items():
+        if name not in ("micro_batches", "out"):
+            assert same(value, results[""][name]) or isinstance(value, (float, dict)) and all(
+                np.allclose(*pair, rtol=1e-3, atol=1e-4) for pair in zip(
+                    *([*v.values()] if isinstance(v, dict) else [v] for v in (value, results[""][name]))))
+    assert arguments_of(transfgu.parse) == OF_A_RUN.keys() | {"--released"}       # of the same loop, but
+    see_what_changes(OF_TRANSFGU, lambda *args: run(*args, method=transfgu.TransFGU))     # labels of its own
+    with pytest.raises(data.UserError, match="no GPU"):
+        run("--device", "cuda")
+
+
+OF_EVAL = {
+    "checkpoint": [("teacher.pt", "", "logits")],
+    "--data": [("--data voc --root one", "", "images labels logits ...")],
+    "--root": [("--root x", "", ""),
+               ("--data voc --root two", "--data voc --root one", "images labels logits")],
+    "--masks": [("--root photos --masks truth", "", "images labels logits ...")],
+    "--limit": [("--limit 3", "", "images labels logits ...")],
+    "--native": [("--native", "", "images labels size logits ...")],
+    "--par": [("--par", "", "par logits")],
+    "--flip": [("--flip", "", "flip logits")],
+    "--rates": [("--rates 1,6,12,18", "", "rates logits"), ("--rates epoch", "", "")],
+    "--device": [("--device auto", "", "")],
+    "--predict": [("--predict photos", "", "images size logits files ...")],
+    "--out": [("--predict photos --out other", "--predict photos", "files")]}
+
+
+def test_every_option_of_eval_changes_what_it_names_and_nothing_else(uninterrupted, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    checkpoint = uninterrupted[1]
+    torch.save(checkpoint | {"student": checkpoint["teacher"]}, "teacher.pt")
+    torch.save(checkpoint, "student.pt")
+    for i in range(4):
+        image, label = data.shapes(i, 96)
+        save(tmp_path / f"photos/{i}.png", image)
+        save(tmp_path / f"truth/{i}.png", label)
+    (tmp_path / "truth/names.txt").write_text("\n".join(checkpoint["names"]))
+    for i, root in enumerate(("one", "two")):
+        lists = make_voc(tmp_path / root) / "ImageSets/Segmentation"
+        (lists / "names.txt").write_text("\n".join(checkpoint["names"]))
+        for file, picture in zip(("JPEGImages/2007_000002.jpg", "SegmentationClass/2007_000002.png"),
+                                 data.shapes(4 + i, 96)):
+            save(tmp_path / root / file, picture)
+    real, count = evaluation.mask_logits, evaluation.confusion_matrix
+
+    def scored(*args):
+        result = {name: [] for name in ("rates", "images", "size", "par", "flip", "logits", "labels")}
+
+        def recorded(network, rates, image, size, par=None, flip=False):
+            logits = real(network, rates, image, size, par, flip)
+            for name, value in (("rates", list(rates)), ("images", torch.as_tensor(image)),
+                                ("size", tuple(size)), ("par", par.dilations if par else ()), ("flip", flip),
+                                ("logits", logits)):
+                result[name].append(value)
+            return logits
+
+        def counted(labels, *rest):
+            result["labels"].append(torch.as_tensor(labels))
+            return count(labels, *rest)
+
+        monkeypatch.setattr(evaluation, "mask_logits", recorded)
+        monkeypatch.setattr(evaluation, "confusion_matrix", counted)
+        file, *others = args if "teacher.pt" in args else ("student.pt", *args)
+        monkeypatch.setattr(sys, "argv", ["eval.py", file, "--limit", "2", *others])
+        before = set(Path().rglob("*_mask.png"))
+        evaluation.main()
+        result["files"] = sorted(map(str, set(Path().rglob("*_mask.png")) - before))
+        return result
+
+    assert arguments_of(evaluation.parse) == OF_EVAL.keys()
+    see_what_changes(OF_EVAL, scored)
+
+
+OF_ABLATION = {
+    "--data": [("--data voc", "", "data backbone epochs out")],
+    "--backbone": [("--backbone vits16", "", "backbone out")],
+    "--seeds": [("--seeds 1 2 1", "", "seeds out"), ("--seeds 2 1", "--seeds 1 2", "seeds out")],
+    "--rows": [("--rows static", "", "rows aspp teacher out"),
+               ("--rows released no-teacher", "", "rows aspp teacher out")],
+    "--out": [("--out elsewhere", "", "out")],
+    "options": [("-- --epochs 3", "", "epochs")]}
+OF_BENCH = {
+    "--quick": [("--quick", "", "repeat")],
+    "--only": [("--only par", "", "cases")],
+    "--stages": [("--stages", "", "cases repeat crops backbone")],
+    "--crops": [("--stages --crops 7", "--stages", "crops")],
+    "--whole": [("--whole new", "", "cases repeat command"),
+                ("--whole new --limit 3", "--whole new", "command")],             # goes to train.py
+    "--processes": [("--whole new --processes 2", "--whole new", "command")],
+    "--backbone": [("--whole new --backbone tiny", "--whole new", "command"),
+                   ("--stages --backbone tiny", "--stages", "backbone")]}
+OF_GET_DATA = {
+    "name": [("coco80", "voc", "name")],
+    "--root": [("voc --root x", "voc", "root"), ("voc --check --root x", "voc --check", "root")],
+    "--check": [("voc --check", "voc", "check")],
+    "--url": [("voc --url http://a/b", "voc", "url")]}
+OF_HOW_MANY = {
+    "run": [("other", "run", "run")],
+    "--root": [("run --root photos", "run", "root")],
+    "--classes": [("run --classes 4 3 4", "run", "classes")]}
+OF_PAR_ON_PHOTOS = {
+    "--root": [("--root x", "", "root")],
+    "--limit": [("--limit 3", "", "images")],
+    "--seed": [("--seed 5", "", "seed")]}
+OF_PRETRAIN = {
+    "--data": [("--data folder", "", "pictures weights out")],
+    "--root": [("--root x", "", ""), ("--data folder --root other", "--data folder", "pictures weights")],
+    "--images": [("--images 3", "", "pictures weights")],
+    "--steps": [("--steps 1", "", "weights")],
+    "--batch": [("--batch 1", "", "weights")],
+    "--lr": [("--lr 0.1", "", "weights")],
+    "--seed": [("--seed 1", "", "weights")],
+    "--out": [("--out elsewhere.pt", "", "out")]}
+OF_SHOW = {
+    "explain": {
+        "run": [("explain other.pt photo.png", "explain run.pt photo.png", "picture")],
+        "photo": [("explain run.pt other.png", "explain run.pt photo.png", "picture files")],
+        "--out": [("explain run.pt photo.png --out x", "explain run.pt photo.png", "files")],
+        "--device": [("explain run.pt photo.png --device cpu", "explain run.pt photo.png", "")]},
+    "compare": {
+        "runs": [("compare other.pt", "compare run.pt", "picture")],
+        "--predict": [("compare run.pt --predict photo.png", "compare run.pt", "picture")],
+        "--limit": [("compare run.pt --limit 2", "compare run.pt", "picture")],
+        "--out": [("compare run.pt --out x", "compare run.pt", "files")],
+        "--device": [("compare run.pt --device cpu", "compare run.pt", "")]},
+    "clusters": {
+        "run": [("clusters other.pt", "clusters run.pt", "picture")],
+        "--device": [("clusters run.pt --device cpu", "clusters run.pt", "")]}}
+
+
+def test_every_option_of_the_ablation_and_bench_changes_what_it_names_and_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def ablated(*args):
+        base = [] if "--rows" in args else ["--rows", "dmsa", "released"]
+        base += [] if "--seeds" in args else ["--seeds", "0"]
+        runs = ablation.runs_of(ablation.parse([*base, *args]))
+        found = {"rows": [run.row for run in runs], "seeds": [run.seed for run in runs]}
+        for name in ("data", "backbone", "epochs", "out", "aspp", "teacher"):
+            found[name] = [getattr(run.args, name) for run in runs]
+        return {name: list(dict.fromkeys(values)) for name, values in found.items()}
+
+    def timed(*args):
+        """Of --whole the command that would train; of the rest what is to be timed."""
+        result = {}
+        monkeypatch.setattr(sys, "argv", ["bench.py", *args])
+        monkeypatch.setattr(bench, "beside_textbook",
+                            lambda cases, repeat: result.update(cases=cases, repeat=repeat))
+        monkeypatch.setattr(bench, "stages", lambda backbone, crops: result.update(
+            backbone=backbone, crops=crops))
+        monkeypatch.setattr(bench, "make_voc", lambda root: Path(root).mkdir())
+        monkeypatch.setattr(bench, "VisionTransformer", lambda **architecture: nn.Identity())
+
+        class Popen:
+            stdout, returncode = (), 0
+            __enter__, __exit__ = lambda self: self, lambda *args: None
+
+            def __init__(self, command, **rest):
+                result["command"] = [str(word) for word in command]
+
+        monkeypatch.setattr(bench.subprocess, "Popen", Popen)
+        bench.main()
+        shutil.rmtree("new", ignore_errors=True)
+        return result
+
+    assert arguments_of(ablation.parse) == OF_ABLATION.keys()
+    see_what_changes(OF_ABLATION, ablated)
+    assert arguments_of(bench.parse) == OF_BENCH.keys()
+    results = see_what_changes(OF_BENCH, timed)
+    assert results["--whole new --limit 3"]["command"][-2:] == ["--limit", "3"]
+    assert "--nproc_per_node=2" in results["--whole new --processes 2"]["command"]
+
+
+def test_every_option_of_the_small_tools_changes_what_it_names_and_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def fetched(*args):
+        monkeypatch.setattr(sys, "argv", ["get_data.py", *args])
+        result = {}
+        monkeypatch.setattr(get_data, "download", lambda name, root, url: result.update(
+            name=name, root=root, url=url or "", check=False))
+        monkeypatch.setattr(get_data, "check_splits", lambda name, root: result.update(
+            name=name, root=root, url="", check=True))
+        get_data.main()
+        return result
+
+    def counted(*args):
+        monkeypatch.setattr(sys, "argv", ["how_many.py", *args])
+        result, vit = {"classes": []}, SimpleNamespace()
+        source = data.Shapes()
+
+        def read(args, state):
+            result["root"] = args.root
+            return {"train": source}
+
+        monkeypatch.setattr(how_many, "load_checkpoint", lambda file: result.update(run=file) or {
+            "args": {"root": "data"}})
+        monkeypatch.setattr(train, "open_data", read)
+        monkeypatch.setattr(train, "frozen_vit", lambda *args: (vit, "digest"))
+        monkeypatch.setattr(train, "window_bank", lambda *args: [np.zeros((9, 5), np.float16)])
+        monkeypatch.setattr(how_many, "agreement", lambda bank, k, rng: result["classes"].append(k) or {
+            "halves": [1.0, 1.0], "starts": [1.0, 1.0]})
+        how_many.main()
+        return result
+
+    def refined(*args):
+        monkeypatch.setattr(sys, "argv", ["par_on_photos.py", "--limit", "2", *args])
+        result = {"images": [], "seed": []}
+
+        class Source(data.Dataset):
+            def __init__(self, root, split):
+                self.ids = self.images = self.labels = range(9)
+                result["root"] = root
+
+        def scored(source, i, seed):
+            result["images"].append(i)
+            result["seed"] = seed
+            return np.zeros((len(par_on_photos.RESTORED), len(par_on_photos.COARSE)))
+
+        monkeypatch.setattr(data, "VOC", Source)
+        monkeypatch.setattr(par_on_photos, "scores", scored)
+        par_on_photos.main()
+        return result
+
+    assert arguments_of(get_data.parse) == OF_GET_DATA.keys()
+    see_what_changes(OF_GET_DATA, fetched)
+    assert arguments_of(how_many.parse) == OF_HOW_MANY.keys()
+    for run in ("run", "other"):
+        (tmp_path / run).mkdir()
+    see_what_changes(OF_HOW_MANY, counted)
+    assert arguments_of(par_on_photos.parse) == OF_PAR_ON_PHOTOS.keys()
+    see_what_changes(OF_PAR_ON_PHOTOS, refined)
+
+
+def test_every_option_of_pretrain_changes_what_it_names_and_nothing_else(tmp_path, monkeypatch):
+    for folder, i in np.ndindex(2, 4):
+        save(tmp_path / ("data", "other")[folder] / f"{i}.png", data.shapes((folder, int(i)), 96)[0])
+    (tmp_path / "assets").mkdir()
+    monkeypatch.chdir(tmp_path)
+    here = SimpleNamespace(map=lambda call, items, chunksize: map(call, items))   # without processes
+    monkeypatch.setattr(pretrain, "ProcessPoolExecutor", lambda: contextlib.nullcontext(here))
+    all_pictures = pretrain.all_pictures
+
+    def trained(*args):
+        result = {}
+        base = ["--images", "4", "--steps", "2", "--batch", "2"]
+        monkeypatch.setattr(sys, "argv", ["pretrain.py", *base, *args])
+        monkeypatch.setattr(pretrain, "all_pictures", lambda args: result.setdefault(
+            "pictures", all_pictures(args)))
+        pretrain.main()
+        file, = Path().rglob("*.pt")
+        result |= {"out": str(file), "weights": torch.load(file, weights_only=True)}
+        file.unlink()
+        return result
+
+    assert arguments_of(pretrain.parse) == OF_PRETRAIN.keys()
+    see_what_changes(OF_PRETRAIN, trained)
+
+
+def test_every_option_of_show_changes_what_it_names_and_nothing_else(uninterrupted, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(pictures, "SHEET", 4)
+    monkeypatch.chdir(tmp_path)
+    last = uninterrupted[1] | {"args": uninterrupted[1]["args"] | {"limit": 4}}
+    torch.save(last, "run.pt")
+    torch.save(last | {"student": last["teacher"]}, "other.pt")
+    for i, name in enumerate(("photo.png", "other.png")):
+        save(tmp_path / "in" / name, data.shapes(i, 96)[0])
+
+    def drawn(*args):
+        before = set(Path().rglob("*.png"))
+        words = [f"in/{word}" if word.endswith(".png") else word for word in args]
+        limit = ["--limit", "1"] if args[0] == "compare" and "--limit" not in args else []
+        monkeypatch.setattr(sys, "argv", ["show.py", *words, *limit])
+        show.main()
+        file, = set(Path().rglob("*.png")) - before
+        with Image.open(file) as picture:
+            result = {"files": str(file), "picture": torch.from_numpy(np.array(picture))}
+        file.unlink()
+        return result
+
+    for what, table in OF_SHOW.items():
+        assert arguments_of(show.parse, what) == table.keys()
+        see_what_changes(table, drawn)
+    assert arguments_of(show.parse) == OF_SHOW.keys()
 
 
 # ----------------------------------------------------------------------------
