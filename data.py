@@ -179,13 +179,15 @@ class UserError(OSError):
 
 
 def one_line(error):
-    """The error's message without line breaks, at most 300 characters; its type if it has none."""
+    """A library's message without line breaks, at most 300 characters of it; its type if it has none."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def report(error):
     """Print an error, a UserError or the system's OSError or any text, as `PROGRAM: LINE`; returns 2."""
-    line = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else one_line(error)
+    line = " ".join(str(error).split())
+    if getattr(error, "filename", None):                  # the system's
+        line = f"{error.filename}: {error.strerror}"
     print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
     return 2
 

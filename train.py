@@ -165,7 +165,8 @@ def parse(argv=None, *parsers, **settings):
     p.set_defaults(**settings)
     args = p.parse_args(argv)
     del args.local_rank
-    args.out = args.out or os.path.join("runs", args.data)
+    if args.out is None:
+        args.out = os.path.join("runs", args.data if args.method == "dmsa" else f"{args.data}-{args.method}")
     patch = BACKBONES[args.backbone][0]["patch_size"]
     set_sizes(args, p.get_default("size"), patch)
     if args.size % 2 or args.crop % patch or args.size < 4 * patch:
@@ -292,7 +293,7 @@ def cached_squashed(args, name, source, read):
 def identity(source):
     """What the files of a split are: [how many images, digest of their names and of all sizes in bytes]."""
     labels = [os.path.getsize(file) for file in source.labels if os.path.exists(file)]
-    images = [os.path.getsize(file) for file in source.images]
+    images = [os.path.getsize(file) for file in source.images if os.path.exists(file)]
     names = list(map(str, source.ids))
     return [len(source), hashlib.sha256(json.dumps([names, images, labels]).encode()).hexdigest()]
 
@@ -1006,7 +1007,8 @@ def main(args, trainer_class=Trainer):
     if WORLD == 1 and tasks != "1":
         raise UserError(f"srun started {tasks} tasks, which do not know each other: let it start torchrun, "
                         f"or one task")
-    if RANK == 0:
+    if RANK == 0 and not args.dry_run:
+        Path(args.out).mkdir(parents=True, exist_ok=True)         # what cannot be made is told now
         data.remove_temporary(args.out, age=0)            # of writes that were killed
     device = start_processes(args.device)
     if args.dry_run:

@@ -87,7 +87,7 @@ def write(pen, place, text, colour="black", size=12, width=None, **how):
     if font is None:
         text, font = transliterated(text), fonts(size)[-1]
     shown = text
-    while width and pen.textlength(shown, font) > width:
+    while text and width is not None and pen.textlength(shown, font) > width:
         text = text[:-1]
         shown = text + ".."
     pen.text(place, shown, colour, font, **how)
@@ -193,7 +193,7 @@ def plot(pen, left, title, lines, axis="epoch", mark=None):
     write(pen, (left - 42, top + height + 6), axis, "#666666")
     for epoch in epochs[::-len(epochs) // 12]:            # twelve at most, from the last back
         write(pen, (place(epoch, low)[0], top + height + 6), str(epoch), "#666666", anchor="ma")
-    if mark:
+    if mark and mark[0] <= last:
         x = place(mark[0], low)[0]
         for y in range(top, top + height, 8):
             pen.line([x, y, x, y + 4], fill="#999999")

@@ -61,8 +61,8 @@ def compare(args):
     names, colours = checkpoints[0]["names"], class_colours(checkpoints[0])
     for run, checkpoint in zip(args.runs, checkpoints):
         if checkpoint["names"] != names:
-            raise data.UserError(f"{run}: has other classes than {args.runs[0]}; compare runs on one data "
-                                 f"set")
+            raise data.UserError(f"{run}: has other classes than {args.runs[0]}, or other names in its "
+                                 f"names.txt; compare runs of the same classes, give them the same names.txt")
     networks = [restore(checkpoint, args.device) for checkpoint in checkpoints]
     source = data.Folder(args.predict) if args.predict else open_split(checkpoints[0])
     rows = []

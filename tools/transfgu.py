@@ -122,6 +122,7 @@ def parse(argv=None):
     if not released:                                      # without L_seg
         settings |= dict(method="transfgu", teacher_weight=0.5, lambdas=[0.0, *defaults.lambdas[1:]])
     args = train.parse(argv, p, **fixed, **settings)
+    del args.released                                     # args.method says it
     for name, value in fixed.items():
         if getattr(args, name) != value:
             p.error(f"--{name}: this method has no choice of it; leave it out")
