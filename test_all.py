@@ -2513,7 +2513,11 @@ def test_a_step_is_fig_2_from_crop_to_teacher(epoch, rates, args, source, vit):
         sure = maps.amax(1) > threshold if background else torch.ones_like(maps[:, 0], dtype=torch.bool)
         confident.append(sure.repeat_interleave(patch, 1).repeat_interleave(patch, 2))
         features.append(pair)
+    refined = []                                          # by PAR: images before the jitter (decision 24)
+    if dilations:
+        trainer.par.register_forward_pre_hook(lambda par, inputs: refined.append(inputs[0]))
     targets, counts = trainer.pseudo_labels(batches, epoch)
+    assert same(refined, [data.crop(batch.image, batch.draws, crop) for batch in batches if dilations])
     for target, label, sure, pair in zip(targets, labels, confident, features):
         assert torch.equal(target.label, label) and torch.equal(target.confident, sure)
         for ours, theirs in zip(target.features, pair):
@@ -2558,6 +2562,7 @@ def test_a_step_is_fig_2_from_crop_to_teacher(epoch, rates, args, source, vit):
 def test_a_checkpoint_restores_both_heads_and_all_that_their_logits_depend_on():
     trainer = trainer_of("--aspp-scale", "0.7", "--par", "1", "3", vit=model.backbone("tiny")[0])
     trainer.epoch, trainer.inputs = 8, {"centroids": randn(5, 128)}
+    trainer.train_step(*trainer.pseudo_labels([micro_batch(trainer)], 8), 8, 0)   # Adam has something to keep
     stream = io.BytesIO()
     torch.save(train.checkpoint_of(trainer), stream)
     checkpoint = torch.load(io.BytesIO(stream.getvalue()), weights_only=True)     # tensors and plain values
@@ -2772,25 +2777,38 @@ def test_a_full_disk_is_named_and_leaves_the_old_file_whole(tmp_path, monkeypatc
     assert file.read_bytes() == b"old" and [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["last.pt"]
 
 
-def test_caches_depend_on_what_made_them_but_not_on_the_roots_spelling(tmp_path, monkeypatch):
-    args = options(*RUN, out=tmp_path / "run")
-    vit, _, digest = model.backbone("tiny")
-    source, cpu, known = data.Shapes(), torch.device("cpu"), set()
-    source.limit(16)
-    for name, value in ((None, 0), ("COVER", 0.4), ("CLEAR", 0.1), ("KEEP_MASS", 0.2), ("large", 96),
-                        ("window", 32), ("scales", (0.5,)), ("size", 128), ("seed", 1)):
-        if name:
-            monkeypatch.setattr(cam if name.isupper() else args, name, value)
-        centroids = train.cluster_windows(args, source, vit.eval(), digest, cpu)
-        images = np.stack([data.squash(source.image(i), args.size) for i in range(16)])
-        train.cached_cams(args, "train", source, images, vit, digest, centroids, cpu)
-        names = {p.name for p in (tmp_path / "cache").iterdir()}
-        assert names - known, name
-        known = names
-    # another seed, or another K, gives other centroids of the same windows, and they other maps
-    maps = [train.cached_cams(args, "train", source, images, vit, digest, randn(5, 128, seed=seed), cpu)[:]
-            for seed in (0, 1)]
-    assert not np.array_equal(*maps)
+def test_each_cache_depends_on_all_that_made_it_and_on_nothing_else(tmp_path, monkeypatch):
+    args, vit, cpu = options(*RUN, out=tmp_path / "run"), SimpleNamespace(embed_dim=8), torch.device("cpu")
+    first, fewer, other = data.Shapes(), data.Shapes(), data.Shapes(seed=1)
+    for source, n in ((first, 3), (fewer, 2), (other, 3)):
+        source.limit(n)
+    now, known = SimpleNamespace(source=first, digest="a", centroids=randn(5, 8)), set()
+    monkeypatch.setattr(cam, "window_features", lambda *args, **how: (torch.ones(4, 8), torch.ones(2, 8)))
+    monkeypatch.setattr(cam, "class_activation_maps", lambda vit, image, k: torch.rand(len(image), 5, 2, 2))
+    every = {"train-images", "val-labels", "windows", "train-cams"}
+    for where, name, value, expected in (
+            (args, "seed", 0, every), (cam, "COVER", 0.4, {"windows"}), (cam, "CLEAR", 0.1, {"windows"}),
+            (train, "BANK_IMAGES", 9, {"windows"}), (args, "large", 96, {"windows"}),
+            (args, "window", 32, {"windows"}), (args, "scales", (0.5,), {"windows"}),
+            (cam, "KEEP_MASS", 0.2, {"train-cams"}), (now, "centroids", randn(5, 8, seed=1), {"train-cams"}),
+            (now, "centroids", randn(6, 8), {"train-cams"}), (now, "digest", "b", {"windows", "train-cams"}),
+            (args, "size", 128, every - {"windows"}), (now, "source", other, every),
+            (now, "source", fewer, every), (args, "data", "voc", every), (train, "VERSION", 0, every),
+            *((args, option, value, set()) for option, value in (
+                ("seed", 1), ("root", "x"), ("workers", 1), ("batch", 2), ("jitter", [0] * 4), ("crop", 16),
+                ("threshold", 0.5), ("classes", 9), ("precision", "bf16"), ("accumulate", 2),
+                ("limit", 5), ("epochs", 9), ("out", str(tmp_path / "another"))))):
+        monkeypatch.setattr(where, name, value)
+        train.window_bank(args, now.source, vit, now.digest, cpu)
+        images = train.cached_squashed(args, "train-images", now.source, now.source.squashed)
+        train.cached_labels(args, now.source)
+        train.cached_cams(args, "train", now.source, images, vit, now.digest, now.centroids, cpu)
+        folders = {path.name for path in (tmp_path / "cache").iterdir()}
+        assert {folder.split("-", 1)[1][:-17] for folder in folders - known} == expected, (name, value)
+        known = folders
+
+
+def test_what_a_run_knows_of_its_files_are_names_and_sizes_but_not_the_roots_spelling(tmp_path, monkeypatch):
     for i in range(3):
         save(tmp_path / f"photos/{i}.png", data.shapes(i)[0])
     whole = train.identity(data.Folder(tmp_path / "photos"))
@@ -2799,6 +2817,17 @@ def test_caches_depend_on_what_made_them_but_not_on_the_roots_spelling(tmp_path,
     assert train.identity(data.Folder("./photos/")) == train.identity(data.Folder("photos")) == whole
     shutil.copy("photos/0.png", "photos/1.png")
     assert train.identity(data.Folder("photos")) != whole
+    known = [train.identity(data.VOC(make_voc(tmp_path / "voc")))]
+    for rename, label, image in ((False, 200, 10), (False, 200, 200), (True, 200, 200)):
+        save(tmp_path / "voc/SegmentationClass/2007_000001.png", np.random.default_rng(0).integers(
+            0, 20, (label, label), np.uint8))             # the numbers of bytes count
+        save(tmp_path / "voc/JPEGImages/2007_000001.jpg", ("RGB", (image, image), 0))
+        if rename:
+            for file in [*(tmp_path / "voc").rglob("2007_000001.*")]:
+                file.rename(file.with_stem("another"))
+            (tmp_path / "voc/ImageSets/Segmentation/train.txt").write_text("2007_000000\nanother")
+        known.append(train.identity(data.VOC(tmp_path / "voc")))
+    assert len({digest for _, digest in known}) == 4
 
 
 def test_going_on_needs_the_same_folder_on_all_machines_and_with_dropout_the_same_accumulate(
