@@ -55,7 +55,7 @@ def last_attention(vit, image):
 
 
 def weighted_values(A, v):
-    """Eq. 2's A v for CLS, before the output projection: A (B, heads, n), v (B, heads, n, d) -> (B, D), the heads side by side."""
+    """Eq. 2's A v for CLS, before the output projection: A (B, heads, n), v (B, heads, n, d) -> (B, D)."""
     return (A[:, :, None] @ v).flatten(1)
 
 
@@ -245,7 +245,7 @@ def class_activation_maps(vit, image, centroids):
     h, w = patch_grid(vit, image)
     patches = slice(-h * w, None)                         # of the tokens: the last, behind CLS and registers
     x, A, v = last_attention(vit, image)                  # (B, D), (B, heads, n), (B, heads, n, d)
-    attended = weighted_values(A, v)                                                       # (B, D)
+    attended = weighted_values(A, v)                                              # (B, D)
     with torch.enable_grad():
         copies = attended[:, None].repeat(1, len(centroids), 1).requires_grad_()  # (B, K, D)
         cosine = F.cosine_similarity(finish_block(vit, x[:, None], copies), centroids, dim=2)     # (B, K)

@@ -414,14 +414,14 @@ def read_lines(file):
 
 
 def read_list(file, known):
-    """The names of samples in a list, whose lines may have the forms
+    """The names of samples in a list. A line and its name:
 
-        2007_000032
-        2007_000032 1
-        /JPEGImages/2007_000032.jpg /SegmentationClassAug/2007_000032.png
+        2007_000032                                                               2007_000032
+        2007_000032 1                                                             2007_000032
+        /JPEGImages/2007_000032.jpg /SegmentationClassAug/2007_000032.png         2007_000032
+        a holiday.2                                                               a holiday.2 (if known)
 
-    known     names that exist. They may have spaces and dots, and be written in Latin-1: what is one of them
-              up to the line's first suffix, or its end, is a name; else the line's first word is
+    known     names that exist, of which a line in Latin-1 may be one, too
     Raises UserError if the list is empty or has a name twice.
     """
     suffix = rf"(?:{'|'.join(map(re.escape, SUFFIXES))})(?:\s|$)"

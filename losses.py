@@ -61,7 +61,7 @@ def fuse(cam, teacher_logits, teacher_weight):
 def pseudo_masks(cam, teacher_logits, teacher_weight, background=True, threshold=THRESHOLD, hard=False):
     """Fig. 2 as far as PAR: the masks whose arg max, once they are refined, is the pseudo label.
 
-    cam             (B, K, h, w)  in [0, 1]: `min_max` of the whole image's, then cropped (decision 23)
+    cam             (B, K, h, w)  in [0, 1]: `min_max` over the whole image, then cropped (decision 23)
     teacher_logits  (B, N, h, w), or None before the teacher takes part: CAM alone
     background      whether class 0 is background, N = K + 1; else N = K
     hard            CAM alone becomes 1 for the class of each patch and 0 for the others (decision 31): a
@@ -154,7 +154,7 @@ def balanced_mean(ce_map, label, foreground, n_background=None, n_foreground=Non
 
 def similarity(class_embeddings):
     """Mean over the pairs i < j of 1 + cos(c_i, c_j): (B, N, D), N >= 2 -> (B,)."""
-    B, N, _ = class_embeddings.shape
+    N = class_embeddings.shape[1]
     if N < 2:
         raise ValueError(f"class embeddings {tuple(class_embeddings.shape)}: at least two classes expected")
     # the decoder's have unit length already; the gradient is right for those, it takes lengths for constants
@@ -284,9 +284,9 @@ def main():
         logits = logits.view(1, 3, 1, 2)
         seg = segmentation_loss(logits, label)
         ce = cross_entropy_loss(logits, label)
-        permuted = cross_entropy_loss(logits, label, torch.tensor([1, 2, 0]), 0.1)
+        less_other = cross_entropy_loss(logits, label, torch.tensor([1, 2, 0]), 0.1)
         un = uncertainty_loss(logits[:, 1:], label > 0)
-        print(f"{name:28}  {seg:.4f}  {ce:.4f}  {permuted:.4f}                  {un:.4f}")
+        print(f"{name:28}  {seg:.4f}  {ce:.4f}  {less_other:.4f}                  {un:.4f}")
     print("by hand: log 3 = 1.0986;  log 10 - log 8 = 0.2231, of the others log 10 = 2.3026;")
     print("         un: 1 - (1/2 - 1/2) = 1,  1 - (8/9 - 1/9) = 0.2222, the same when wrong")
     for name, c in embeddings.items():

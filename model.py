@@ -169,9 +169,10 @@ class VisionTransformer(nn.Module):
             self.register_tokens = nn.Parameter(torch.zeros(1, registers, embed_dim))
         n_patches = (img_size // patch_size) ** 2
         self.pos_embed = None if rope else nn.Parameter(torch.zeros(1, 1 + n_patches, embed_dim))
-        d_k = embed_dim // num_heads                      # a quarter: wave lengths for rows, as for columns
-        periods = 100 ** (torch.arange(d_k // 4) / (d_k // 4))
-        self.register_buffer("periods", periods if rope else None)                # decision 29
+        # of a head's d_k channels a half turns by rows, a half by columns, each in pairs: d_k / 4 periods
+        n = embed_dim // num_heads // 4
+        periods = 100 ** (torch.arange(n) / n)            # decision 29
+        self.register_buffer("periods", periods if rope else None)
         self.patch_embed = PatchEmbed(patch_size, embed_dim)
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, eps=eps) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=eps)
@@ -552,13 +553,13 @@ def dino_names(state):
             raise WeightsError(f"{theirs!r} is the second tensor that stands for {name!r}; give another file")
         vit[name] = value
     merge_qkv(vit)
-    if "register_tokens" in vit and is_square(positions(vit)):                    # timm has no row for CLS
+    if "register_tokens" in vit and is_square(positions(vit)):    # timm's table has no row for CLS
         vit["pos_embed"] = F.pad(vit["pos_embed"], (0, 0, 1, 0))
     return vit
 
 
 def merge_qkv(vit):
-    """Make attn.q, attn.k and attn.v of a state dict one attn.qkv, in place; DINOv3's missing biases are 0."""
+    """Make attn.q, attn.k, attn.v of a state dict one attn.qkv, in place; DINOv3's missing biases are 0."""
     has_rope = "pos_embed" not in vit                     # DINOv3, whose keys have no bias
     for q in [name for name in vit if ".attn.q." in name]:
         k, v = q.replace(".q.", ".k."), q.replace(".q.", ".v.")
@@ -585,7 +586,7 @@ def is_square(n):
 def misfit(vit, state):
     """What of a state dict does not fit into `vit`, in words; "" if all does."""
     expected = {name: tuple(value.shape) for name, value in vit.state_dict().items()}
-    if vit.pos_embed is not None and is_square(positions(state) - 1):             # of images of any size
+    if vit.pos_embed is not None and is_square(positions(state) - 1):     # a row for CLS, others for patches
         expected["pos_embed"] = (1, positions(state), vit.embed_dim)
     for factor, parameters in SCALED.items():
         bias = parameters[-1]                             # has the factor's shape

@@ -93,8 +93,8 @@ def table(x):
 def neighbour_index(n, H, W, dilations, device=None):
     """At which line of such a table each pixel's N neighbours are, for n images: (n HW, N) int32.
 
-    Pixel (y, x) of image i is at line i HW + y W + x. The y and the x of neighbours are read as masks are, by
-    `neighbours`, so that the border is the same.
+    Pixel (y, x) of image i is at line i HW + y W + x. The y and the x of neighbours are read by `neighbours`,
+    as masks are, so that the border is the same: x = 0 1 2 .. read at dx = -1 is 0 0 1 ..
     """
     ys = torch.arange(float(H), device=device).view(1, 1, H, 1)
     xs = torch.arange(float(W), device=device).view(1, 1, 1, W)
@@ -136,7 +136,7 @@ class PAR(nn.Module):
             return self.refine(image, masks, neighbour_index(B, H, W, self.dilations, image.device))
         pixels = PIXELS_AT_ONCE["cuda" if image.is_cuda else "cpu"]
         n = min(B, max(1, pixels // (H * W)))             # images together
-        index = neighbour_index(n, H, W, self.dilations, image.device)             # (n HW, N)
+        index = neighbour_index(n, H, W, self.dilations, image.device)            # (n HW, N)
         return torch.cat([self.refine(*some, index) for some in zip(image.split(n), masks.split(n))])
 
     def refine(self, image, masks, index):

@@ -2292,6 +2292,20 @@ def test_overlays_leave_the_photograph_where_nothing_is_tint_and_outline_each_cl
     assert np.ptp(np.flatnonzero((named != bare).any((0, 2)))) > 20               # not cut by the border
 
 
+@pytest.mark.parametrize("width", (None, -3, 0, 3, 40, 400))
+def test_a_text_is_shortened_to_its_width_and_ends_if_there_is_none(monkeypatch, width):
+    pen, drawn = pictures.ImageDraw.Draw(Image.new("RGB", (200, 20))), []
+    monkeypatch.setattr(pen, "text", lambda place, text, *rest, **how: drawn.append(text))
+    for text in ("", "a name of some length", "собака", "Grüße"):
+        pictures.write(pen, (0, 0), text, width=width)
+    assert drawn[0] == "" and len(drawn) == 4
+    for text in drawn:
+        font = next(font for font in pictures.fonts(12) if pictures.has_letters(font, text))
+        assert width is None or text in ("", "..") or pen.textlength(text, font) <= width
+    assert drawn[1] == {None: "a name of some length", 400: "a name of some length"}.get(width, drawn[1])
+    assert pictures.transliterated("Grüße, ł собака 星") == "Grusse, l sobaka ?"
+
+
 def test_the_sheet_shows_of_each_class_its_share_and_first_the_images_that_have_most_of_it(monkeypatch):
     class Source(data.Dataset):                           # four images of one grey each
         ids, image = range(4), lambda self, i: np.full((80, 160, 3), 60 * (i + 1), np.uint8)
@@ -3189,7 +3203,7 @@ def test_bf16_changes_the_losses_little_and_the_caches_not_at_all(uninterrupted,
     ("--data voc --root nowhere", "nowhere/VOCdevkit/VOC2012/ImageSets: no such folder"),
     ("--weights none.pt --batch 4", "none.pt: cannot read"), ("--batch 4096", "larger than an epoch"),
     ("--dry-run", "larger than an epoch"),
-    ("--out /proc/nowhere --batch 4", "cannot be written (No such file"),
+    ("--out /proc/nowhere --batch 4", "/proc/nowhere: No such file"),
     ("--classes 4 --batch 4", "--classes 4: shapes has 5 classes; give at least so many"),
     ("--data folder --root assets/panels.png --classes 254 --backbone tiny --batch 1 --size 64",
      "too few for 254 clusters"),

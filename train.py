@@ -200,17 +200,19 @@ BY_DATA_SET = {
 def set_sizes(args, default, patch):
     """Fit size, crop, large and window, all in pixels, to --size and to the ViT's patch.
 
-        a data set's own:             320, 160, 640, 320 (voc); 192, 96, 128, 96 (shapes)
-        with a patch of 14 pixels:    336, 168, 672, 336      half of the size has to be whole patches
-        --size 256:                   256, 128, 512, 256
+        1. a data set's own:    voc 320, 160, 640, 320; shapes 192, 96, 128, 96; folder 320, 160, 640, 224
+        2. --size 256:          256, 128, 512, 256
+        3. a patch of 14:       voc 336, 168, 672, 336, since half of 320 is not whole patches; folder 224
+                                for the windows, as that is
     """
-    whole = math.ceil(default / (2 * patch)) * 2 * patch
-    if args.size == default == whole:
-        return
-    if args.size != default or args.window % patch:
-        args.window = whole if args.size == default else args.size
-    args.size = whole if args.size == default else args.size
-    args.crop, args.large = args.size // 2, 2 * args.size
+    half_is_whole = math.ceil(default / (2 * patch)) * 2 * patch
+    if args.size != default:                              # 2.
+        args.window = args.size
+    elif args.size != half_is_whole:                      # 3.
+        args.size = half_is_whole
+        args.window = args.window if args.window % patch == 0 else args.size
+    if args.size != default:                              # 2. and 3.
+        args.crop, args.large = args.size // 2, 2 * args.size
 
 
 # ----------------------------------------------------------------------------
@@ -376,6 +378,14 @@ def cached_cams(args, split, source, images, vit, digest, centroids, device):
 
 # ----------------------------------------------------------------------------
 # Batches
+
+
+FOLDER_STEPS = 50                                         # of an epoch of a folder, at least: decision 32
+
+
+def repeats(args, n):
+    """Passes over n images that make an epoch; of a folder as many as make FOLDER_STEPS steps or more."""
+    return args.repeat or math.ceil(FOLDER_STEPS * args.batch / n)
 
 
 class MicroBatch(NamedTuple):
@@ -634,13 +644,6 @@ def train(args, device, trainer_class=Trainer):
 # ============================================================================
 # Data and ViT
 
-FOLDER_STEPS = 50                                         # of an epoch of a folder, at least: decision 32
-
-
-def repeats(args, n):
-    """Passes over n images that make an epoch; of a folder as many as make FOLDER_STEPS steps or more."""
-    return args.repeat or math.ceil(FOLDER_STEPS * args.batch / n)
-
 
 def n_channels(source):
     """N, the network's channels: one for each cluster, and one for the background if there is one."""
@@ -673,7 +676,8 @@ def open_data(args, state):
         sources[split] = source
     n = len(sources["train"])
     if n * repeats(args, n) < args.batch:
-        raise UserError(f"--batch {args.batch}: larger than an epoch of {n * args.repeat} images; lower it")
+        raise UserError(f"--batch {args.batch}: larger than an epoch of {n * repeats(args, n)} images; lower "
+                        f"it")
     return sources
 
 
@@ -693,7 +697,7 @@ def frozen_vit(args, state, device):
         vit, digest = VisionTransformer(**BACKBONES[args.backbone][0]), state["weights"]
         load_vit(vit, state["vit"])
     else:
-        with zero_first(LOCAL_RANK):                      # the first process of a machine fetches it for all
+        with zero_first(LOCAL_RANK):                      # the first process of each machine fetches it
             vit, file, digest = backbone(args.backbone, args.weights)
         print0(f"{args.backbone}: {file}, SHA-256 {digest}")
     return vit.to(device).eval().requires_grad_(False), digest
@@ -970,10 +974,10 @@ def zero_first(rank):
     Each process passes one barrier: rank 0 behind what is inside, the others before it.
     """
     if rank:
-        barrier()
+        barrier()                                         # until rank 0 is done
     yield
     if not rank:
-        barrier()
+        barrier()                                         # the others may go on
 
 
 def print0(*words):

@@ -76,9 +76,12 @@ def has_letters(font, text):
 
 def transliterated(text):
     """Text in ASCII: ö -> o, ж -> zh; what has no such form becomes "?"."""
-    words = "".join(CYRILLIC.get(c, LATIN.get(c, CYRILLIC.get(c.lower(), c).capitalize())) for c in text)
-    without_accents = "".join(c for c in unicodedata.normalize("NFKD", words) if not unicodedata.combining(c))
-    return without_accents.encode("ascii", "replace").decode()
+    letters = []
+    for c in text:
+        small = (CYRILLIC | LATIN).get(c.lower(), c.lower())
+        letters.append(small if c == c.lower() else small.capitalize())
+    decomposed = unicodedata.normalize("NFKD", "".join(letters))                  # ö -> o and its accent
+    return "".join(c for c in decomposed if not unicodedata.combining(c)).encode("ascii", "replace").decode()
 
 
 def write(pen, place, text, colour="black", size=12, width=None, **how):
