@@ -190,6 +190,8 @@ def test_the_convolutions_of_aspp_start_with_kaimings_normal():
             weight = weight.detach()
             assert weight.std().item() == pytest.approx((2 / weight[0].numel()) ** 0.5, rel=0.1), name
             assert weight.abs().max() > 2.5 * weight.std(), name                  # not uniform
+    for dim, width in ((384, 256), (128, 128)):           # of a branch: DeepLabV3+'s, or the ViT's if less
+        assert model.Head(dim, 4).aspp.project.weight.shape == (dim, 5 * width, 1, 1)
 
 
 def test_aspp_branches_equal_loops_over_taps_at_their_rates_image_by_image():
@@ -1605,11 +1607,12 @@ def test_files_that_pillow_does_not_know_are_called_what_they_are(tmp_path):
 def test_photographs_are_turned_as_pillow_turns_them_and_data_sets_are_not(tmp_path):
     exif, pixels = Image.Exif(), np.random.default_rng(0).integers(0, 256, (6, 9, 3), np.uint8)
     for exif[0x112] in range(1, 9):
-        for name in ("a.png", "a.webp", "a.tif"):
+        for name in ("a.png", "a.webp", "a.tif", "a.jpg"):
             file = save(tmp_path / name, pixels, exif=exif, lossless=True)
             with Image.open(file) as image:
                 expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
             assert np.array_equal(data.open_image(file, upright=True), expected)
+            assert data.upright_size(file) == expected.shape[1::-1]
         assert (data.open_image(tmp_path / "a.png") == pixels).all()
     assert data.Folder.upright and not data.VOC.upright and not data.COCO.upright
 
@@ -3177,6 +3180,13 @@ def test_labels_of_transfgu_are_of_patches_by_cam_scaled_by_the_crop_and_a_teach
 def test_dropout_of_transfgu_is_of_step_and_process_and_ends_with_training(monkeypatch):
     trainer = transfgu.TransFGU(transfgu.parse([]), small_vit(), data.Shapes(), {}, torch.device("cpu"))
     decoder, tokens = trainer.network.student.decoder, randn(2, 9, 48)
+    with monkeypatch.context() as patch:
+        shares, attend, dropout = [], F.scaled_dot_product_attention, F.dropout
+        patch.setattr(F, "dropout", lambda x, p, training: shares.append(p) or dropout(x, p, training))
+        patch.setattr(F, "scaled_dot_product_attention", lambda *qkv, dropout_p: (
+            shares.append(dropout_p) or attend(*qkv, dropout_p=dropout_p)))
+        decoder(tokens)
+    assert shares == [0.1] * 4 * len(decoder.blocks)
     outputs = [decoder(tokens)[0] for _ in range(2)]
     assert not torch.equal(*outputs)
     decoder.eval()
@@ -4283,7 +4293,8 @@ BATCH = "image cams features confident un cls " + LABEL   # and from other image
 FOLDER = "--data folder --backbone tiny --classes 3 --root "
 OF_A_RUN = {
     "--data": [(FOLDER + "a", "", "names files ...")],
-    "--root": [("--root x", "", ""), (FOLDER + "./a/", FOLDER + "a", ""), (FOLDER + "b", FOLDER + "a", "files ...")],
+    "--root": [("--root x", "", ""), (FOLDER + "./a/", FOLDER + "a", ""),
+               (FOLDER + "b", FOLDER + "a", "files ...")],
     "--classes": [("--classes 7", "", "centroids cams un cls " + LABEL)],
     "--limit": [("--limit 7", "", "files centroids place colours " + BATCH)],
     "--out": [("--out elsewhere/run --workers 1", "", "out")],                    # without the others' caches
@@ -4334,7 +4345,7 @@ def test_every_option_of_a_run_changes_what_it_names_and_nothing_else(tmp_path, 
     shutil.copy(HERE / "assets" / "tiny.pt", "tiny.pt")
     tiny = torch.load("tiny.pt", weights_only=True)
     torch.save({name: value * (1 + 0.1 * randn(*value.shape)) for name, value in tiny.items()}, "other.pt")
-    torch.save({name: value for name, value in tiny.items() if not name.startswith("blocks.4.")}, "shallow.pt")
+    torch.save({name: tiny[name] for name in tiny if not name.startswith("blocks.4.")}, "shallow.pt")
     count = iter(range(1000))
     run = lambda *args, **method: run_of(f"runs/{next(count)}", *args, **method)
 
@@ -4344,7 +4355,8 @@ def test_every_option_of_a_run_changes_what_it_names_and_nothing_else(tmp_path, 
     planned = []
     monkeypatch.setattr(train, "Progress", lambda *what: planned.append(what) or (lambda done: None))
     run()
-    shown = re.search(r"epoch 1/2  seg (\S+)  ce (\S+)  un (\S+)  cls (\S+)  all (\S+)", capsys.readouterr().out)
+    shown = re.search(r"epoch 1/2  seg (\S+)  ce (\S+)  un (\S+)  cls (\S+)  all (\S+)",
+                      capsys.readouterr().out)
     logged = [[r[name] for name in train.LOSSES] for r in log_values(Path("runs/0")) if r["epoch"] == 1]
     assert np.allclose(np.array(shown.groups(), float), np.mean(logged, 0), atol=6e-5)
     run_of("runs/0", "--epochs", "3")                     # goes on
