@@ -484,6 +484,12 @@ def test_windows_equal_transfgus_rule_written_as_loops_also_when_not_square_or_o
         assert cam.windows(h, w).tolist() == expected
 
 
+def test_the_foreground_is_what_cls_attends_to_more_than_average_among_patches():
+    A = torch.rand(2, 3, 1 + 4 + 6)                       # CLS, four registers, 2 x 3 patches
+    mean = A[:, :, 5:].mean(1)
+    assert torch.equal(cam.attended_patches(A, (2, 3)).flatten(1), mean > mean.mean(1, keepdim=True))
+
+
 def test_class_activation_maps_equal_k_full_backward_passes():
     """TransFGU's way: an explicit attention map of the last block, one backward pass a class, one image."""
     vit, image, centroids = small_vit(), randn(2, 3, 64, 64, seed=3), randn(4, 48, seed=4)
@@ -1437,6 +1443,13 @@ def test_scenes_differ_by_split_seed_and_number_and_stay_as_they_are_whatever_a_
     scenes = [data.Shapes(split, seed).image(i)
               for split in ("train", "val") for seed in (0, 1) for i in (0, 1)]
     assert len({scene.tobytes() for scene in scenes}) == 8
+    kinds = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "new_object", lambda rng, category: category)
+        patch.setattr(data, "render", lambda rng, objects, *rest: kinds.append(objects))
+        for i in range(30):
+            data.shapes.__wrapped__((0, 0, i))
+    assert all(len(set(objects)) == len(objects) in (2, 3) for objects in kinds)  # of a kind one
     source, label = data.Shapes(), data.Shapes().label(0)
     assert len(np.unique(label)) in (3, 4) and label.max() <= 5                   # background, two or three
     for array in (source.image(0), source.label(0)):
@@ -2850,16 +2863,16 @@ def test_what_a_run_knows_of_its_files_are_names_and_sizes_but_not_the_roots_spe
     assert train.identity(data.Folder("./photos/")) == train.identity(data.Folder("photos")) == whole
     shutil.copy("photos/0.png", "photos/1.png")
     assert train.identity(data.Folder("photos")) != whole
-    known = [train.identity(data.VOC(make_voc(tmp_path / "voc")))]
-    for rename, label, image in ((False, 200, 10), (False, 200, 200), (True, 200, 200)):
-        save(tmp_path / "voc/SegmentationClass/2007_000001.png", np.random.default_rng(0).integers(
-            0, 20, (label, label), np.uint8))             # the numbers of bytes count
-        save(tmp_path / "voc/JPEGImages/2007_000001.jpg", ("RGB", (image, image), 0))
-        if rename:
-            for file in [*(tmp_path / "voc").rglob("2007_000001.*")]:
-                file.rename(file.with_stem("another"))
-            (tmp_path / "voc/ImageSets/Segmentation/train.txt").write_text("2007_000000\nanother")
-        known.append(train.identity(data.VOC(tmp_path / "voc")))
+    voc = make_voc(tmp_path / "voc")
+    known, name = [train.identity(data.VOC(voc))], "2007_000001"
+    save(voc / f"SegmentationClass/{name}.png", np.eye(200, dtype=np.uint8))      # of other numbers of bytes
+    known.append(train.identity(data.VOC(voc)))
+    save(voc / f"JPEGImages/{name}.jpg", ("RGB", (200, 200), 0))
+    known.append(train.identity(data.VOC(voc)))
+    for file in [*voc.rglob(f"{name}.*")]:
+        file.rename(file.with_stem("another"))
+    (voc / "ImageSets/Segmentation/train.txt").write_text("2007_000000\nanother")
+    known.append(train.identity(data.VOC(voc)))
     assert len({digest for _, digest in known}) == 4
 
 
