@@ -13,4 +13,4 @@ import signal
 
 signal.signal(signal.SIGINT, signal.SIG_DFL)
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME"} & os.environ.keys():
-    os.environ["GOMP_SPINCOUNT"] = "10000"
+    os.environ["GOMP_SPINCOUNT"] = "3000"
