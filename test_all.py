@@ -636,7 +636,7 @@ def test_copies_of_a_window_do_not_count_and_scipy_warns_of_nothing(recwarn):
         cam.cluster(x.repeat(16, 1), 20)
     centroids = cam.cluster(x.repeat(16, 1).half(), 5)
     assert_close(torch.from_numpy(centroids).sort(0).values, x.half().float().sort(0).values)
-    crowded = np.random.default_rng(7).normal(size=(200, 2))                      # a cluster loses all its points
+    crowded = np.random.default_rng(7).normal(size=(200, 2))      # a cluster loses all its points
     assert cam.cluster(crowded, 100).shape == (100, 2) and not len(recwarn)
 
 

@@ -180,7 +180,8 @@ def step_case():
     for head in (plain.student, plain.teacher):
         add_dropout(head.decoder)                         # as TransFGU, Segmenter
         for block in head.decoder.blocks:
-            block.attn.forward = lambda x, angles=None, attn=block.attn: textbook_attention(attn, x, DROPOUT)[0]
+            block.attn.forward = (
+                lambda x, angles=None, attn=block.attn: textbook_attention(attn, x, DROPOUT)[0])
     things = torch.arange(21) >= 1
     permutation = torch.randperm(21)
     optimizer = torch.optim.Adam(plain.student.parameters(), lr=1e-4, weight_decay=5e-4)

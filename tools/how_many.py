@@ -132,8 +132,8 @@ def main():
     plot(ImageDraw.Draw(sheet), 50, "agreement of k-means with itself", lines, axis="K", mark=(K, f"K = {K}"))
     file = Path(args.run) / "how_many.png"
     data.write_whole(file, lambda f: sheet.save(f, "PNG"))
-    print(f"\nrecommended: --classes {K}, the largest K whose `halves` lies within {CLOSE} of the highest; with "
-          f"more, other images would give other clusters. Wrote {file}")
+    print(f"\nrecommended: --classes {K}, the largest K whose `halves` lies within {CLOSE} of the highest; "
+          f"with more, other images would give other clusters. Wrote {file}")
 
 
 if __name__ == "__main__":
