@@ -157,7 +157,7 @@ def similarity(class_embeddings):
     N = class_embeddings.shape[1]
     if N < 2:
         raise ValueError(f"class embeddings {tuple(class_embeddings.shape)}: at least two classes expected")
-    # the decoder's have unit length already; the gradient is right for those, it takes lengths for constants
+    # the decoder's have unit length but for rounding: a constant, which needs no gradient
     c = full(class_embeddings)
     unit = c / c.norm(dim=2, keepdim=True).detach()                               # (B, N, D)
     cosine = unit @ unit.transpose(1, 2)                                          # (B, N, N)

@@ -437,7 +437,7 @@ OTHER_NAMES = {                                           # DINO's: HuggingFace'
     "norm.": ("layernorm.",),
 }
 LEFT_OUT = re.compile(r"((\w+_)?head|fc|classifier|pooler)\.|mask_token$")
-SCALED = {                                                # a factor: what it is multiplied into
+SCALED = {                                                # a factor: what it scales, last a bias of its shape
     "ls1.gamma": ("attn.proj.weight", "attn.proj.bias"),
     "ls2.gamma": ("mlp.fc2.weight", "mlp.fc2.bias"),
     "attn.qkv.bias_mask": ("attn.qkv.bias",),             # DINOv3: 0 for the keys

@@ -94,14 +94,15 @@ def neighbour_index(n, H, W, dilations, device=None):
     """At which line of such a table each pixel's N neighbours are, for n images: (n HW, N) int32.
 
     Pixel (y, x) of image i is at line i HW + y W + x. The y and the x of neighbours are read by `neighbours`,
-    as masks are, so that the border is the same: x = 0 1 2 .. read at dx = -1 is 0 0 1 ..
+    as masks are, so that the border is the same: x = 0 1 2 .. read at dx = -1 is 0 0 1 ..; along the axis of
+    length 1 every offset reads the same.
     """
     ys = torch.arange(float(H), device=device).view(1, 1, H, 1)
     xs = torch.arange(float(W), device=device).view(1, 1, 1, W)
     y = torch.cat([*neighbours(ys, dilations)]).int().view(1, -1, H, 1)           # (1, N, H, 1)
     x = torch.cat([*neighbours(xs, dilations)]).int().view(1, -1, 1, W)           # (1, N, 1, W)
     i = torch.arange(n, dtype=torch.int32, device=device).view(n, 1, 1, 1)
-    return table(i * H * W + y * W + x)
+    return table(i * H * W + y * W + x)                   # of (n, N, H, W)
 
 
 class PAR(nn.Module):

@@ -205,14 +205,13 @@ def set_sizes(args, default, patch):
         3. a patch of 14:       voc 336, 168, 672, 336, since half of 320 is not whole patches; folder 224
                                 for the windows, as that is
     """
-    half_is_whole = math.ceil(default / (2 * patch)) * 2 * patch
     if args.size != default:                              # 2.
-        args.window = args.size
-    elif args.size != half_is_whole:                      # 3.
-        args.size = half_is_whole
-        args.window = args.window if args.window % patch == 0 else args.size
-    if args.size != default:                              # 2. and 3.
+        args.crop, args.large, args.window = args.size // 2, 2 * args.size, args.size
+    elif default % (2 * patch):                           # 3.
+        args.size = math.ceil(default / (2 * patch)) * 2 * patch
         args.crop, args.large = args.size // 2, 2 * args.size
+        if args.window % patch:
+            args.window = args.size
 
 
 # ----------------------------------------------------------------------------
@@ -468,7 +467,9 @@ class Trainer:
             {"params": [p for p in self.params if p.ndim > 1], "weight_decay": 5e-4},
             {"params": [p for p in self.params if p.ndim <= 1], "weight_decay": 0.0}], lr=args.lr)
         self.par = PAR(tuple(args.par)) if args.par else None
-        # classes are background if there is one, things, stuff; things are L_seg's foreground (decision 13)
+        # The N channels are the background, if there is one, and the clusters of things, then of stuff.
+        # Things are L_seg's foreground (decision 13). Which channel is of which class `score_val` finds; of a
+        # folder, whose classes the channels are, the first assignment below stays.
         things = range(source.background, source.background + source.things)
         self.is_thing = torch.tensor([n in things for n in range(N)], device=device)      # (N,)
         self.bf16 = use_bf16(args.precision, device)
