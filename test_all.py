@@ -2526,7 +2526,7 @@ def test_a_step_is_fig_2_from_crop_to_teacher(epoch, rates, args, source, vit):
     """Every stage written out here, from the textbook; two micro-batches, which make one batch."""
     trainer = trainer_of("--teacher-start", "2", *args, source=source, vit=vit())
     settings, network, background = trainer.args, trainer.network, trainer.source.background
-    N, patch, S, crop = len(trainer.is_thing), 8, 64, 32
+    N, patch, crop = len(trainer.is_thing), 8, 32
     batches = [micro_batch(trainer, range(2)), micro_batch(trainer, range(2, 5), seed=1)]
     reference = copy.deepcopy(network)
     teaches = epoch > 2
@@ -2542,7 +2542,7 @@ def test_a_step_is_fig_2_from_crop_to_teacher(epoch, rates, args, source, vit):
         return logits.unflatten(2, (crop // patch, crop // patch)), c
 
     # Fig. 2, top
-    images, labels, confident, features = [], [], [], []
+    labels, confident, features = [], [], []
     for batch in batches:
         draws = batch.draws
         image = data.crop(batch.image, draws, crop)

@@ -688,7 +688,7 @@ def cached_labels(args, source):
                              lambda i, size: data.squash(source.label(i), size, "nearest"))
     if RANK == 0:
         pixels = sum(np.bincount(label.flatten(), minlength=256) for label in labels)     # (256,)
-        print0(f"val: {data.class_shares(pixels, source.names)}")
+        print(f"val: {data.class_shares(pixels, source.names)}", flush=True)
     return labels
 
 
