@@ -17,12 +17,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# The paper names none of these. The values are AFA's, and the defaults of `PAR`. train.py has smaller
-# dilations: larger ones repair wrong masks better and damage right ones more (decision 8).
+# The paper names none of these. The values are AFA's, and the defaults of `PAR`. train.py takes the dilations
+# 1 2 4 8, that is 32 neighbours for 48 (decision 8).
 DILATIONS = (1, 2, 4, 8, 12, 24)
 ITERATIONS = 10
 BANDWIDTH = 0.3
-OMEGA3 = 0.01
+OMEGA3 = 0.01                                             # a pixel's weights sum to 1 + OMEGA3
 EPS = 1e-8                                                # added to standard deviations
 # Pixels refined together: as few as keep their weights in a CPU's L3 cache, as many as fill a GPU.
 PIXELS_AT_ONCE = {"cpu": 160 * 160, "cuda": 16 * 160 * 160}
@@ -59,13 +59,25 @@ def affinity(image, dilations=DILATIONS, omega3=OMEGA3, bandwidth=BANDWIDTH):
 
     k_rgb = -((|I_kl - I_ij| / std_rgb) / bandwidth)^2, averaged over the three colours; std_rgb is the
     unbiased standard deviation of the N neighbours' values. k_pos is the same of the distance in pixels.
-    Three passes over the neighbours, for mean, std_rgb and k_rgb, so that no tensor holds all N colours.
+
+    k_rgb is computed less (|I_1 - I_ij| / std_rgb / bandwidth)^2, I_1 being the first neighbour: that is the
+    same for all neighbours, so that softmax takes it away. Where a colour's neighbours are alike the rest is
+    exactly 0, and the other colours decide, however far the pixel itself is and however small std_rgb.
+    Two passes over the neighbours, for std_rgb and k_rgb, so that no tensor holds all N colours.
     """
     image, N = full(image), 8 * len(dilations)
-    mean = sum(neighbours(image, dilations)) / N                                  # (B, 3, H, W)
-    squares = sum((neighbour - mean).square_() for neighbour in neighbours(image, dilations))
-    scale = 1 / (((squares / (N - 1)).sqrt() + EPS) * bandwidth)                  # (B, 3, H, W)
-    k_rgb = torch.stack([-(neighbour - image).mul_(scale).square_().mean(1)
+    first = next(neighbours(image, dilations))                                    # (B, 3, H, W)
+    total, squares = torch.zeros_like(image), torch.zeros_like(image)
+    for neighbour in neighbours(image, dilations):
+        difference = neighbour - first
+        total += difference
+        squares.addcmul_(difference, difference)
+    # the first difference is 0, so that at least 1/N of `squares` is left: rounding makes none negative
+    variance = (squares - total.square_() / N) / (N - 1)
+    scale = -((variance.sqrt_() + EPS) * bandwidth) ** -2                         # (B, 3, H, W)
+    # (I_kl - I_1) (I_kl + I_1 - 2 I_ij) = (I_kl - I_ij)^2 - (I_1 - I_ij)^2
+    shift = first - 2 * image
+    k_rgb = torch.stack([(neighbour - first).mul_(neighbour + shift).mul_(scale).mean(1)
                          for neighbour in neighbours(image, dilations)], dim=1)   # (B, N, H, W)
     distance = torch.tensor([math.hypot(*offset) for offset in offsets(dilations)], dtype=image.dtype)
     distance = distance.to(image.device, non_blocking=True)                       # (N,)
@@ -93,16 +105,10 @@ def table(x):
 def neighbour_index(n, H, W, dilations, device=None):
     """At which line of such a table each pixel's N neighbours are, for n images: (n HW, N) int32.
 
-    Pixel (y, x) of image i is at line i HW + y W + x. The y and the x of neighbours are read by `neighbours`,
-    as masks are, so that the border is the same: x = 0 1 2 .. read at dx = -1 is 0 0 1 ..; along the axis of
-    length 1 every offset reads the same.
+    An image that holds at each pixel the number of its line is read as masks are, by `neighbours`.
     """
-    ys = torch.arange(float(H), device=device).view(1, 1, H, 1)
-    xs = torch.arange(float(W), device=device).view(1, 1, 1, W)
-    y = torch.cat([*neighbours(ys, dilations)]).int().view(1, -1, H, 1)           # (1, N, H, 1)
-    x = torch.cat([*neighbours(xs, dilations)]).int().view(1, -1, 1, W)           # (1, N, 1, W)
-    i = torch.arange(n, dtype=torch.int32, device=device).view(n, 1, 1, 1)
-    return table(i * H * W + y * W + x)                   # of (n, N, H, W)
+    lines = torch.arange(n * H * W, dtype=torch.float64, device=device).view(n, 1, H, W)
+    return torch.cat([table(line).int() for line in neighbours(lines, dilations)], dim=1)
 
 
 class PAR(nn.Module):

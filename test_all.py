@@ -253,6 +253,18 @@ def test_par_equals_eq_4_written_as_loops_for_images_of_any_range(dilations, ite
     assert par.PAR(dilations, 1)(image.half().requires_grad_(), masks.half()).dtype == torch.float32
 
 
+@pytest.mark.parametrize("value", [0.1, 0.5, 255.0])
+def test_a_colour_that_all_neighbours_share_leaves_their_affinities_to_the_other_colours(value):
+    image = value * torch.rand(1, 3, 21, 21, generator=torch.Generator().manual_seed(1))
+    image[:, 1] = value
+    alone = image.clone()
+    alone[:, 1, 10, 10] = 0                               # far from its neighbours, whose deviation is 0
+    at_10_10 = par.affinity(image)[..., 10, 10]
+    assert torch.equal(par.affinity(alone)[..., 10, 10], at_10_10)
+    assert_close(par.affinity(image.double())[..., 10, 10].float(), at_10_10, rtol=0, atol=1e-5)
+    assert at_10_10.std() > 0.01                          # the other colours tell the neighbours apart
+
+
 def test_par_is_the_average_of_neighbours_by_eq_4_repeated_also_at_the_border():
     image, masks = torch.rand(3, 3, 9, 14).double(), torch.rand(3, 4, 9, 14).double()
     k, expected = par.affinity(image, (1, 2, 24)), masks                          # 24: beyond every border
