@@ -93,9 +93,10 @@ def window_centres(n, s):
     where s is even. Even s: half a side apart, and one more that ends at the far border. Odd s: a side apart,
     from s on, so that the first patches are in no window.
     """
-    if s % 2:
-        return list(range(s, n - s // 2, s))
-    return sorted({*range(s // 2, n - s // 2, s // 2), n - 1 - s // 2})
+    reach = s // 2
+    step = s if s % 2 else reach
+    centres = range(step, n - reach, step)
+    return list(centres) if s % 2 else sorted({*centres, n - 1 - reach})
 
 
 def windows(h, w, scales=THING_SCALES):
@@ -109,8 +110,9 @@ def windows(h, w, scales=THING_SCALES):
     boxes = []
     for scale in scales:
         s = int(min(h, w) * scale)
+        reach = s // 2
         if 0 < s < min(h, w):
-            boxes += [(x - s // 2, y - s // 2, x + s // 2, y + s // 2)
+            boxes += [(x - reach, y - reach, x + reach, y + reach)
                       for y in window_centres(h, s) for x in window_centres(w, s)]
     if not boxes:
         raise ValueError(f"no window of scales {tuple(scales)} fits a grid of {h} x {w} patches")

@@ -152,8 +152,9 @@ def augment(image, draws):
     line = torch.stack([edge, torch.ones_like(edge), edge], 1)                    # a Gaussian of 3 pixels
     line = line / (1 + 2 * edge)[:, None]                 # (B, 3), sums to 1
     kernel = (line[:, :, None] * line[:, None]).to(x.dtype)                       # (B, 3, 3)
-    kernel = kernel.repeat_interleave(3, 0)[:, None]      # (3 B, 1, 3, 3): each channel of each image is a
-    B, _, H, W = x.shape                                  # group of its own, with its image's kernel
+    # each channel of each image is a group of its own, with its image's kernel
+    kernel = kernel.repeat_interleave(3, 0)[:, None]      # (3 B, 1, 3, 3)
+    B, _, H, W = x.shape
     padded = F.pad(x, (1, 1, 1, 1), mode="reflect").reshape(1, 3 * B, H + 2, W + 2)
     return F.conv2d(padded, kernel, groups=3 * B).view(B, 3, H, W).to(image.dtype)
 

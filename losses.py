@@ -42,7 +42,7 @@ def min_max(cam):
 def with_background(cam, threshold=THRESHOLD):
     """Put a background channel relu(threshold - max_k) before the maps: (B, K, h, w) -> (B, K + 1, h, w).
 
-    cam in [0, 1]. The background wins where all maps are below threshold / 2 (TransFGU).
+    cam in [0, 1]. The background wins where all maps are below threshold / 2, that is 0.05 (TransFGU).
     """
     return torch.cat([F.relu(threshold - cam.amax(1, keepdim=True)), cam], dim=1)
 
@@ -145,7 +145,11 @@ def doubt(logits):
 
 
 def balanced_mean(ce_map, label, foreground, n_background=None, n_foreground=None):
-    """Mean of a map (B, H, W) over background and over foreground, each counting one half; void none."""
+    """Mean of a map (B, H, W) over background and over foreground, each counting one half; void none.
+
+    A half without a pixel counts 0. In training the numbers are of the whole batch, so that a crop without
+    background only adds nothing to the background's half.
+    """
     valid = label != VOID
     of_background = mean_over(ce_map, valid & ~foreground, n_background)
     of_foreground = mean_over(ce_map, valid & foreground, n_foreground)
@@ -196,19 +200,20 @@ def dmsa_losses(logits, class_embeddings, label, confident, counts, is_thing, la
     logits            (B, N, H, W)
     class_embeddings  (B, N, D)
     label             (B, H, W)     integers in 0..N-1, or 255
-    confident         (B, H, W)     bool
+    confident         (B, H, W)     bool, pixels that count in L_un: those in whose patch the CAM of some
+                                    class exceeds the threshold, 0.1; without a background all
     counts            (4,)          `pixel_counts` of the whole batch
     is_thing          (N,)          bool, as for `pixel_counts`
     lambdas           lambda_1 .. lambda_4
-    background        channel 0 is background, and does not compete in L_un
+    background        channel 0 is background, and does not compete in L_un: its softmax goes over the others
     permutation, alpha              as for `permuted`
     """
     n_images, n_background, n_foreground, n_confident = counts                    # as `pixel_counts` has them
     foreground = foreground_of(label, is_thing)                                   # (B, H, W)
-    seg_map = cross_entropy(logits, label)                                        # (B, H, W)
-    seg = balanced_mean(seg_map, label, foreground, n_background, n_foreground)   # L_seg
-    ce_map = permuted(seg_map, logits, label, permutation, alpha)                 # (B, H, W)
-    ce = mean_over(ce_map, label != VOID, n_background + n_foreground)            # L_CE
+    ce_map = cross_entropy(logits, label)                                         # (B, H, W)
+    seg = balanced_mean(ce_map, label, foreground, n_background, n_foreground)    # L_seg
+    ce_less_other = permuted(ce_map, logits, label, permutation, alpha)           # (B, H, W)
+    ce = mean_over(ce_less_other, label != VOID, n_background + n_foreground)     # L_CE
     un_map = doubt(logits[:, 1:] if background else logits)                       # (B, H, W)
     un = mean_over(un_map, confident, n_confident)                                # L_un
     cls = similarity(class_embeddings).sum() / n_images                           # L_cls
@@ -241,7 +246,7 @@ def segmentation_loss(logits, label, foreground=None):
     logits      (B, N, H, W)
     label       (B, H, W)     integers in 0..N-1; pixels of value 255 do not count
     foreground  (B, H, W)     bool; default label != 0. Where there is stuff: the things (decision 13)
-    returns     ()            a half without a pixel counts 0 (AFA's is NaN)
+    returns     ()            a half without a pixel counts 0, as in `balanced_mean` (AFA's is NaN)
     """
     foreground = label != 0 if foreground is None else foreground
     return balanced_mean(cross_entropy(logits, label), label, foreground)

@@ -324,6 +324,9 @@ class Head(nn.Module):
 class DMSA(nn.Module):
     """Frozen ViT with a student and a teacher head.
 
+    The student trains, all of it. The teacher is the moving average of the student's parameters over the
+    optimizer's steps, from the first one on; it takes part in train.py's labels after some epochs (VOC: 5).
+
     vit        pretrained VisionTransformer; frozen here
     n_classes  N, background included
     use_aspp   without, a head is the decoder alone
@@ -367,7 +370,7 @@ class DMSA(nn.Module):
         grid = x.shape[2:]
         x = x + msa                                                               # (B, D, h, w)
         if head.aspp is not None:
-            x = x + self.aspp_scale * head.aspp(msa, rates)                       # decisions 1 and 30
+            x = x + self.aspp_scale * head.aspp(msa, rates)                       # 0.1: decisions 1, 30
         x = x.flatten(2).transpose(1, 2)                                          # (B, hw, D)
         x = self.vit.norm(self.vit.blocks[-1].add_mlp(x))                         # (B, hw, D)
         logits, class_embeddings = head.decoder(x)                                # (B, N, hw), (B, N, D)

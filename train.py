@@ -108,9 +108,9 @@ def parse(argv=None, *parsers, **settings):
         help="side of the squashed image; half of it has to be whole patches (%(default)s, or the next that "
              "is). With another value crops have half of it, the images that windows are cut from twice it, "
              "and windows just it. Smaller is faster and worse")
-    p.set_defaults(crop=160,                              # pixels: side of training crops,
-                   large=640,                             # of the images that windows are cut from,
-                   window=320,                            # that windows are resized to for the ViT
+    p.set_defaults(crop=None,                             # side in pixels of training crops: see `set_sizes`;
+                   large=None,                            # of the images that windows are cut from;
+                   window=None,                           # that windows are resized to for the ViT
                    scales=cam.THING_SCALES)               # sides of the windows, as shares of the image
 
     # the modules
@@ -183,7 +183,7 @@ def parse(argv=None, *parsers, **settings):
 
 
 BY_DATA_SET = {
-    "shapes": dict(backbone="tiny", size=192, crop=96, large=128, window=96, repeat=1,     # decision 26
+    "shapes": dict(backbone="tiny", size=192, large=128, window=96, repeat=1,     # decision 26
                    epochs=10, batch=8, lr=5e-4, momentum=0.97, teacher_start=4, par=[1, 2, 8, 16],
                    lambdas=[0.3, 1.0, 0.1, 1.0], jitter=[0.4, 0.4, 0.4, 0.05]),
     "voc": dict(),
@@ -197,26 +197,30 @@ BY_DATA_SET = {
 }
 
 
-def set_sizes(args, default, patch):
+def set_sizes(args, own, patch):
     """Fit size, crop, large and window, all in pixels, to --size and to the ViT's patch.
 
-        1. a data set's own:    voc 320, 160, 640, 320; shapes 192, 96, 128, 96; folder 320, 160, 640, 224
-        2. --size 256:          256, 128, 512, 256
-        3. a patch of 14:       voc 336, 168, 672, 336, since half of 320 is not whole patches; folder 224
-                                for the windows, as that is
+    crop is half of size, large is twice size, and window is size: voc has 320, 160, 640, 320. BY_DATA_SET has
+    other values of large and window, which hold for the data set's own size. A patch of 14 needs a multiple
+    of 28: for 320 it is 336, 168, 672, 336.
     """
-    if args.size != default:                              # 2.
-        args.crop, args.large, args.window = args.size // 2, 2 * args.size, args.size
-    elif default % (2 * patch):                           # 3.
-        args.size = math.ceil(default / (2 * patch)) * 2 * patch
-        args.crop, args.large = args.size // 2, 2 * args.size
-        if args.window % patch:
-            args.window = args.size
+    if args.size == own:
+        args.size = math.ceil(own / (2 * patch)) * 2 * patch
+    else:
+        args.large = args.window = None
+    args.crop = args.size // 2
+    if args.large is None or args.large % patch:
+        args.large = 2 * args.size
+    if args.window is None or args.window % patch:
+        args.window = args.size
 
 
 # ----------------------------------------------------------------------------
 # Caches. A cache is a folder of files, the shards, each with what was computed from some consecutive images.
 # A shard that is there is whole (`write_whole`), so that a killed run goes on at the next one.
+#
+# `source` is a split, a data.Dataset: its files, ids, images and labels; squashed(i, S) and label(i), which
+# read one of them; background, things and stuff, how many channels and clusters of each there are.
 
 SHARDS = 64                                               # of a cache at most: each keeps a file open
 VERSION = 1                                               # raise it when SHARDS or a computation changes
@@ -309,7 +313,9 @@ FOREGROUND, BACKGROUND = 0, 1                             # kinds of windows
 def window_bank(args, source, vit, digest, device):
     """Windows of the training images, cached: a list of arrays (M, 1 + D), a row for each window.
 
-    A row is a window's kind, FOREGROUND or BACKGROUND, then its CLS feature. digest: of the ViT's weights
+    A row is a window's kind, FOREGROUND or BACKGROUND, then its CLS feature. An image without foreground
+    windows has no row of that kind: k-means knows nothing of it, but it is trained on like the others.
+    digest: of the ViT's weights
     """
     # evenly over the list, which may be sorted
     chosen = np.linspace(0, len(source) - 1, min(len(source), BANK_IMAGES)).round().astype(int)
@@ -400,6 +406,9 @@ def batches(args, images, cams, steps, epoch, device):
     images (n, S, S, 3) uint8; cams (n, K, h, w) float16
     yields   a list of `accumulate` MicroBatches, seconds waited for them. A last, smaller batch is left out:
              its images would weigh more.
+
+    --batch 512, six processes, --accumulate 2: a batch is cut into 12 micro-batches of 42 or 43 images, and
+    process r has micro-batches r and r + 6.
     """
     n = len(images)                                       # sample s is image s % n
     order = np.random.default_rng((args.seed, epoch)).permutation(n * repeats(args, n))
@@ -437,6 +446,11 @@ def batches(args, images, cams, steps, epoch, device):
 # The method: pseudo labels and training step (Fig. 2, right)
 
 
+def n_channels(source):
+    """N, the network's channels: one for each cluster, and one for the background if there is one."""
+    return source.background + source.things + source.stuff
+
+
 LOSSES = ("seg", "ce", "un", "cls", "all")                # of Eq. 6, and their weighted sum
 
 
@@ -469,7 +483,7 @@ class Trainer:
         self.par = PAR(tuple(args.par)) if args.par else None
         # The N channels are the background, if there is one, and the clusters of things, then of stuff.
         # Things are L_seg's foreground (decision 13). Which channel is of which class `score_val` finds; of a
-        # folder, whose classes the channels are, the first assignment below stays.
+        # folder, whose classes the channels are, the assignment below stays.
         things = range(source.background, source.background + source.things)
         self.is_thing = torch.tensor([n in things for n in range(N)], device=device)      # (N,)
         self.bf16 = use_bf16(args.precision, device)
@@ -496,13 +510,14 @@ class Trainer:
         Returns a Target for each MicroBatch, and their pixel counts (4,), to be added up over all processes.
         """
         args, network, background = self.args, self.network, self.source.background
-        H = args.crop                                     # pixels of a side of a crop,
-        h = H // network.vit.patch_size                   # and patches
+        H = args.crop                                     # pixels of a side of a crop (VOC: 160),
+        h = H // network.vit.patch_size                   # and patches (20)
         hard = args.coarse == "hard" and self.par is not None
         targets = []
         for batch in micro_batches:
             # PAR sees the crop before colour jitter, the network after it (decision 24)
             image = data.crop(batch.image, batch.draws, H)                        # (b, 3, H, H) in 0..1
+            # the same square of the maps; each of its h x h patches is the mean of the area that it covers
             cams = data.crop(batch.cams, batch.draws, h, "area")                  # (b, K, h, h)
             teacher_logits = None
             with self.low_precision():
@@ -530,6 +545,8 @@ class Trainer:
         raises   FloatingPointError, on all processes, if a loss or gradient is not finite; nothing has moved
         """
         args, network = self.args, self.network
+        # L_CE's second term, - alpha * CE(logits, permutation[label]), begins with the teacher (VOC: epoch
+        # 6); alpha is 0.03 in that epoch and grows to 0.1 in the eighth from there (losses.py: `permuted`)
         permutation, alpha, age = None, 0.0, self.teacher_age(epoch)
         if age is not None:                               # one for the whole batch, the same on every process
             rng = np.random.default_rng((args.seed, epoch, step))
@@ -633,7 +650,8 @@ def train(args, device, trainer_class=Trainer):
         if labels is None:
             record["clusters"] = clusters_in_use(trainer, images["train"], epoch, kept)
         else:
-            record |= score_val(trainer, images["val"], labels, epoch, kept) | trainer.results["cam"]
+            of_val, trainer.assignment = score_val(trainer, images["val"], labels, epoch, kept)
+            record |= of_val | trainer.results["cam"]
         log.write(json.dumps(record) + "\n")
         finish_epoch(trainer, record)
         print0(epoch_line(args, record, dict(zip(losses, total / steps))))
@@ -644,11 +662,6 @@ def train(args, device, trainer_class=Trainer):
 # What a run needs besides. The method stands above, but for Hungarian matching, which is eval.py's.
 # ============================================================================
 # Data and ViT
-
-
-def n_channels(source):
-    """N, the network's channels: one for each cluster, and one for the background if there is one."""
-    return source.background + source.things + source.stuff
 
 
 def open_data(args, state):
@@ -787,7 +800,9 @@ def kept_features(network, images, group, kept):
 def score_val(trainer, images, labels, epoch, kept):
     """Scores on val, with this epoch's rates, of the student and, once it takes part, of the teacher.
 
-    Keeps the student's cluster -> class assignment. kept: see `kept_features`
+    Returns them, a dict, and the class of each of the student's clusters: one to one by Hungarian matching on
+    all pixels of val; of clusters that are left over the class of most of their pixels (eval.py: `scores`).
+    It is kept in trainer.assignment and the checkpoint. kept: see `kept_features`
     """
     network, rates = trainer.network.eval(), trainer.rates(epoch)
     n_classes, N = len(trainer.source.names), n_channels(trainer.source)
@@ -803,11 +818,11 @@ def score_val(trainer, images, labels, epoch, kept):
             confusion[h] += confusion_matrix(truth, clusters.cpu(), n_classes, N)
     network.train()
     student, *teacher = [scores(of_head) for of_head in all_reduce_sum(confusion)]
-    trainer.assignment = student.pop("assignment").tolist()
+    assignment = student.pop("assignment").tolist()
     del student["iou"], student["one_to_one"]
     for result in teacher:
         student |= {"teacher_miou": result["miou"], "teacher_accuracy": result["accuracy"]}
-    return student
+    return student, assignment
 
 
 @torch.no_grad()
