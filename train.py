@@ -819,7 +819,9 @@ def score_val(trainer, images, labels, epoch, kept):
     network.train()
     student, *teacher = [scores(of_head) for of_head in all_reduce_sum(confusion)]
     assignment = student.pop("assignment").tolist()
-    del student["iou"], student["one_to_one"]
+    # JSON has no NaN, the IoU of a class that is absent
+    student["iou"] = [None if math.isnan(iou) else iou for iou in student["iou"].tolist()]
+    del student["one_to_one"]
     for result in teacher:
         student |= {"teacher_miou": result["miou"], "teacher_accuracy": result["accuracy"]}
     return student, assignment
