@@ -277,7 +277,8 @@ def data_case():
         row(what, s["ours"], s["textbook"], None, differ(out["ours"], out["textbook"]))]
 
 
-CASES = {"PAR 21": (par_case, 21), "PAR 81": (par_case, 81), "CAM": (cam_case,),
+LARGE = "PAR 81"                                          # of COCO; runs only if --only names it
+CASES = {"PAR 21": (par_case, 21), LARGE: (par_case, 81), "CAM": (cam_case,),
          "ViT 160": (vit_case, 160, 8), "ViT 320": (vit_case, 320, 1), "step": (step_case,),
          "windows": (window_case,), "data": (data_case,)}
 
@@ -303,12 +304,14 @@ def measure(case, repeat):
     mallopt(M_MMAP_THRESHOLD, 2 ** 18)
     start, first, seconds, mb, results = peak(), {}, {}, {}, {}
     for name, form in forms.items():
+        print(f"{case}: {name}", file=sys.stderr, flush=True)
         begin = time.perf_counter()
         results[name] = form()
         first[name], seconds[name], mb[name] = time.perf_counter() - begin, [], peak() - start
     mallopt(M_MMAP_THRESHOLD, 2 ** 25)                    # what glibc comes to by itself
     mallopt(M_TRIM_THRESHOLD, 2 ** 26)
-    for _ in range(repeat):
+    for i in range(repeat):
+        print(f"{case}: round {i + 1} of up to {repeat}", file=sys.stderr, flush=True)
         for name, form in forms.items():
             if first[name] < 2 * BUDGET and sum(seconds[name]) < BUDGET:
                 begin = time.perf_counter()
@@ -458,7 +461,8 @@ def parse(argv=None):
     p = argparse.ArgumentParser(description="Time and memory of DMSA's stages beside their textbook forms.",
                                 usage=argparse.SUPPRESS, allow_abbrev=False)     # others: train.py
     p.add_argument("--quick", action="store_true", help="half the repetitions")
-    p.add_argument("--only", default="", metavar="WORD", help=f"of: {', '.join(CASES)} (default: all)")
+    p.add_argument("--only", default="", metavar="WORD", help=f"of: {', '.join(CASES)} (default: all but "
+                                                                    f"{LARGE}, which takes 5.2 GB)")
     p.add_argument("--stages", action="store_true",
                    help="instead: the stages of a VOC run on this GPU or CPU")
     p.add_argument("--crops", type=int, default=85, help="of --stages: in a step (default: 85, of 512 / 6)")
@@ -468,7 +472,7 @@ def parse(argv=None):
     p.add_argument("--backbone", choices=BACKBONES, default="vits8",
                    help="of --stages and --whole (default: vits8)")
     args, args.options = p.parse_known_args(argv)
-    args.cases = [case for case in CASES if args.only.lower() in case.lower()]
+    args.cases = [case for case in CASES if args.only.lower() in case.lower() and (args.only or case != LARGE)]
     if min(args.crops, args.processes) < 1:
         p.error("--crops, --processes: at least 1")
     if args.whole and Path(args.whole).exists():          # a run in it would only go on
@@ -491,7 +495,7 @@ def beside_textbook(cases, repeat):
         with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as child:
             lines = child.submit(measure, case, repeat)
             if isinstance(lines.exception(), BrokenProcessPool):
-                raise data.UserError(f"{case}: its process was killed; PAR 81 needs 5.2 GB: free memory or "
+                raise data.UserError(f"{case}: its process was killed; {LARGE} needs 5.2 GB: free memory or "
                                      f"use --only")
             print("\n".join(lines.result()), flush=True)
     print(f"\n{time.time() - begin:.0f} s in all; * computed from the measured slope", file=sys.stderr)
