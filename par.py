@@ -118,12 +118,16 @@ class PAR(nn.Module):
     iterations   how often each pixel takes its neighbours' average
     omega3       weight of the position term
     bandwidth    of both Gaussians, in standard deviations
+    compile      for a GPU: `affinity` and `average` under torch.compile, a few kernels instead of hundreds.
+                 The first call takes long, and raises where a compiler is missing (a GPU needs Triton, too)
     """
 
-    def __init__(self, dilations=DILATIONS, iterations=ITERATIONS, omega3=OMEGA3, bandwidth=BANDWIDTH):
+    def __init__(self, dilations=DILATIONS, iterations=ITERATIONS, omega3=OMEGA3, bandwidth=BANDWIDTH,
+                 compile=False):
         super().__init__()
         self.dilations, self.iterations = dilations, iterations
         self.omega3, self.bandwidth = omega3, bandwidth
+        self.compiled = [torch.compile(f, fullgraph=True) for f in (affinity, average)] if compile else None
 
     @torch.no_grad()
     def forward(self, image, masks):
@@ -139,14 +143,23 @@ class PAR(nn.Module):
                              f"(B, C, h, w) expected")
         B, _, H, W = image.shape
         masks = F.interpolate(full(masks), size=(H, W), mode="bilinear", align_corners=True)
-        if torch.compiler.is_compiling():                 # torch.export: B is not known, so no loop over it
-            return self.refine(image, masks, neighbour_index(B, H, W, self.dilations, image.device))
+        if self.compiled:
+            return self.by_definition(image, masks, *self.compiled)
+        if torch.compiler.is_compiling():                 # torch.export, or all of it under torch.compile
+            return self.by_definition(image, masks)
         pixels = PIXELS_AT_ONCE["cuda" if image.is_cuda else "cpu"]
         n = min(B, max(1, pixels // (H * W)))             # images together
         index = neighbour_index(n, H, W, self.dilations, image.device)            # (n HW, N)
-        return torch.cat([self.refine(*some, index) for some in zip(image.split(n), masks.split(n))])
+        return torch.cat([self.by_table(*some, index) for some in zip(image.split(n), masks.split(n))])
 
-    def refine(self, image, masks, index):
+    def by_definition(self, image, masks, affinity=affinity, average=average):
+        """All iterations as they are defined; to be compiled, as it is slow step by step."""
+        k = affinity(image, self.dilations, self.omega3, self.bandwidth).to(masks.dtype)          # (B, N, H, W)
+        for _ in range(self.iterations):
+            masks = average(k, masks, self.dilations)
+        return masks
+
+    def by_table(self, image, masks, index):
         """n images (n, 3, H, W), masks (n, C, H, W), `neighbour_index` of n or more -> (n, C, H, W)."""
         n, C, H, W = masks.shape
         k = affinity(image, self.dilations, self.omega3, self.bandwidth)          # (n, N, H, W)

@@ -456,6 +456,27 @@ def test_the_parts_of_a_training_step_compile_without_a_break_and_give_the_same(
         torch.testing.assert_close(compiled(*inputs), form(*inputs), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_par_compiled_gives_the_same_and_is_two_functions_without_a_break(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    image, masks = torch.rand(2, 3, 16, 12), torch.rand(2, 3, 4, 3)
+    compiled = par.PAR((1,), compile=True)
+    torch.testing.assert_close(compiled(image, masks), par.PAR((1,))(image, masks), rtol=1e-4, atol=1e-5)
+    seen = []
+    monkeypatch.setattr(torch, "compile", lambda function, fullgraph: seen.append((function, fullgraph)))
+    par.PAR((1,), compile=True)
+    assert seen == [(par.affinity, True), (par.average, True)]
+
+
+def test_a_run_that_shall_compile_without_a_compiler_is_refused_before_it_begins(tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", str(tmp_path / "g++"))      # the first that torch tries, and it has no other
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    text = ends(2, "leave --compile out", "train.py", *RUN, "--compile", "--out", tmp_path / "run")
+    assert "C++ compiler" in text and text.count("\n") == 1, text
+    assert not list(tmp_path.glob("run/*"))
+
+
 def test_losses_of_the_micro_batches_of_a_batch_add_up_to_those_of_the_whole():
     label = torch.randint(0, 4, (6, 5, 5), generator=torch.Generator().manual_seed(0))
     label[:2] = 0                                         # very different shares of foreground
@@ -4315,6 +4336,7 @@ def run_of(out, *args, method=train.Trainer):
                     cams=torch.cat([batch.cams for batch in micro_batches]),
                     features=[torch.cat(pair) for pair in zip(*(target.features for target in targets))],
                     confident=torch.cat([target.confident for target in targets]),
+                    compiled=self.par is not None and self.par.compiled is not None,
                     names=self.source.names, files=self.inputs["images"], weights=self.inputs["weights"],
                     centroids=self.inputs["centroids"])
             if epoch == 2 and "taught" not in result:
@@ -4374,6 +4396,7 @@ OF_A_RUN = {
                  for jitter in ("0 0.4 0.4 0.05", "0.4 0 0.4 0.05", "0.4 0.4 0 0.05", "0.4 0.4 0.4 0")],
     "--precision": [("--precision bf16", "", "features seg ce un cls all " + LATER),
                     ("--precision fp32", "", "")],        # what auto is on a CPU
+    "--compile": [("--compile --par 1", "--par 1", "compiled")],
     "--accumulate": [("--accumulate 3", "", "micro_batches ...")],                # and the order of sums
     "--device": [("--device cpu", "", "")]}
 OF_TRANSFGU = {                                           # whose student is new when the second epoch begins
@@ -4385,6 +4408,7 @@ OF_TRANSFGU = {                                           # whose student is new
 
 def test_every_option_of_a_run_changes_what_it_names_and_nothing_else(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch, "compile", lambda function, **settings: function)  # it takes a minute
     monkeypatch.setattr(train, "show_results", lambda *args: None)
     monkeypatch.setattr(train, "FOLDER_STEPS", 2)
     monkeypatch.setitem(transfgu.INTERVALS, "shapes", (1,))

@@ -155,6 +155,9 @@ def parse(argv=None, *parsers, **settings):
     # the machine; these do not change the result, but for rounding
     p.add_argument("--accumulate", type=positive, default=1, metavar="N",
         help="micro-batches that a process's share of a batch is cut into, if memory is short (%(default)s)")
+    p.add_argument("--compile", action="store_true",
+        help="PAR under torch.compile, for a GPU; on a CPU it is slower. Needs a C++ compiler, a GPU also "
+             "Triton (off)")
     p.add_argument("--workers", type=positive, default=4, metavar="N",
         help="threads that squash the images, once before training (%(default)s)")
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
@@ -469,7 +472,8 @@ class Trainer:
     inputs   what the run was computed from: {"images": identity of each split, "weights": SHA-256 of the file
              of the ViT's weights, "centroids": (K, D)}
     """
-    may_differ = {"out", "root", "workers", "device", "epochs", "accumulate", "dry_run"}  # in a resumed run
+    may_differ = {"out", "root", "workers", "device", "epochs", "accumulate", "dry_run",
+                  "compile"}                              # in a resumed run
 
     def __init__(self, args, vit, source, inputs, device):
         self.args, self.source, self.inputs, self.device = args, source, inputs, device
@@ -480,7 +484,7 @@ class Trainer:
         self.optimizer = torch.optim.Adam([               # L2, not on biases and norms (decision 27)
             {"params": [p for p in self.params if p.ndim > 1], "weight_decay": 5e-4},
             {"params": [p for p in self.params if p.ndim <= 1], "weight_decay": 0.0}], lr=args.lr)
-        self.par = PAR(tuple(args.par)) if args.par else None
+        self.par = PAR(tuple(args.par), compile=args.compile) if args.par else None
         # The N channels are the background, if there is one, and the clusters of things, then of stuff.
         # Things are L_seg's foreground (decision 13). Which channel is of which class `score_val` finds; of a
         # folder, whose classes the channels are, the assignment below stays.
@@ -1021,6 +1025,15 @@ def dry_run(args, trainer_class):
     print0(json.dumps(vars(args), indent=1))
 
 
+def check_compiler(device):
+    """Compile a sum, before hours of windows and maps. Raises UserError saying what is missing."""
+    try:
+        torch.compile(lambda x: x + x.sin())(torch.ones(8, device=device))
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"--compile: torch.compile does not work here: {str(error).partition(chr(10))[0]}; "
+                        f"leave --compile out, or install a C++ compiler, and for a GPU Triton") from None
+
+
 def main(args, trainer_class=Trainer):
     """A whole run. trainer_class: Trainer, or that of another method."""
     if args.data == "folder":
@@ -1033,6 +1046,8 @@ def main(args, trainer_class=Trainer):
         Path(args.out).mkdir(parents=True, exist_ok=True)         # what cannot be made is told now
         data.remove_temporary(args.out, age=0)            # of writes that were killed
     device = start_processes(args.device)
+    if args.compile:
+        check_compiler(device)
     if args.dry_run:
         dry_run(args, trainer_class)
     else:
