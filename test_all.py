@@ -2950,6 +2950,14 @@ def train_run(folder, *extra, world=1, by="train.py"):
     return evaluation.load_checkpoint(folder / "run" / "last.pt"), log_values(folder / "run")
 
 
+def test_a_run_says_which_epoch_is_far_slower_than_the_fastest(tmp_path, monkeypatch):
+    speeds = iter((10.0, 40.0, 21.0, 19.0))
+    monkeypatch.setattr(train, "speed", lambda *args: {"images_per_s": next(speeds), "data_wait": 0.0})
+    text = here(0, "slower than the fastest", "train.py", *RUN, "--epochs", "4", "--out", tmp_path / "run")
+    after = text[text.index("epoch 4/4"):].splitlines()[1]
+    assert after.startswith("2 times slower") and text.count("slower than") == 1, text
+
+
 def log_values(run):
     timing = {"images_per_s", "data_wait", "peak_gb"}
     return [{k: v for k, v in json.loads(line).items() if k not in timing}

@@ -635,6 +635,7 @@ def train(args, device, trainer_class=Trainer):
     progress = Progress("step", args.epochs * steps - first)
     log = open_log(Path(args.out), trainer.epoch)
     kept = {}                                             # features of scored images, from epoch to epoch
+    fastest = 0.0                                         # images per second of an epoch
     for epoch in range(trainer.epoch + 1, args.epochs + 1):           # Table 1 counts from 1
         begin, waited, total = time.time(), 0.0, np.zeros(5)
         loader = batches(args, images["train"], cams["train"], steps, epoch, device)
@@ -659,6 +660,10 @@ def train(args, device, trainer_class=Trainer):
         log.write(json.dumps(record) + "\n")
         finish_epoch(trainer, record)
         print0(epoch_line(args, record, dict(zip(losses, total / steps))))
+        fastest = max(fastest, record["images_per_s"])
+        if record["images_per_s"] < fastest / 2:
+            print0(f"{fastest / record['images_per_s']:.0f} times slower than the fastest epoch: does other work "
+                   f"use this machine? See \"A busy CPU\" in docs/usage.md")
     show_results(trainer, images["train" if labels is None else "val"], labels)
 
 
