@@ -94,13 +94,13 @@ def window_centres(n, s):
     from s on, so that the first patches are in no window.
     """
     reach = s // 2
-    step = s if s % 2 else reach
-    centres = range(step, n - reach, step)
-    return list(centres) if s % 2 else sorted({*centres, n - 1 - reach})
+    if s % 2:
+        return list(range(s, n - reach, s))
+    return sorted({*range(reach, n - reach, reach), n - 1 - reach})
 
 
 def windows(h, w, scales=THING_SCALES):
-    """Sliding windows on an h x w grid: (M, 4) int64 of x0 y0 x1 y1, patches, both ends inclusive (TransFGU).
+    """Sliding windows on an h x w grid: (M, 4) int64 of x0 y0 x1 y1 in patches, up to x1 and y1 (TransFGU).
 
     scales   sides of the windows as shares of the grid's shorter side. Scale by scale, rows first
     raises   ValueError if no window fits
@@ -112,7 +112,7 @@ def windows(h, w, scales=THING_SCALES):
         s = int(min(h, w) * scale)
         reach = s // 2
         if 0 < s < min(h, w):
-            boxes += [(x - reach, y - reach, x + reach, y + reach)
+            boxes += [(x - reach, y - reach, x + reach + 1, y + reach + 1)
                       for y in window_centres(h, s) for x in window_centres(w, s)]
     if not boxes:
         raise ValueError(f"no window of scales {tuple(scales)} fits a grid of {h} x {w} patches")
@@ -120,11 +120,8 @@ def windows(h, w, scales=THING_SCALES):
 
 
 def pixel_boxes(boxes, patch):
-    """Windows (M, 4) in patches, both ends inclusive -> (M, 4) in pixels, the end exclusive.
-
-    TransFGU leaves out the last row and column of pixels: patches 2..4 of 8 pixels are pixels 16..38, not 39.
-    """
-    return np.concatenate([boxes[:, :2] * patch, (boxes[:, 2:] + 1) * patch - 1], axis=1)
+    """`windows` (M, 4) in patches -> in pixels. TransFGU leaves out the last row and column of pixels."""
+    return boxes * patch - (0, 0, 1, 1)
 
 
 def attended_patches(A, grid):

@@ -353,7 +353,10 @@ def open_image(path, upright=False, least=None):
     with opened(path) as image:
         is_16_bit = image.mode[0] in "IF" or ";16" in str(image.tile[:1])
         halvings = max(0, math.ceil(math.log(image.width * image.height / REDUCED, 4)))
-        image.draft(None, [min(side // 2 ** halvings, least or side) for side in image.size])     # JPEG alone
+        enough = [side // 2 ** halvings for side in image.size]
+        if least:
+            enough = [min(side, least) for side in enough]
+        image.draft(None, enough)                         # a JPEG is decoded smaller, but not below this
         image.load()                                      # Pillow turns TIFF by itself here
         turn = TURNS.get(orientation(image)) if upright else None
         rgb = to_rgb(high_bytes(image, path) if is_16_bit else image)

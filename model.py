@@ -440,10 +440,10 @@ OTHER_NAMES = {                                           # DINO's: HuggingFace'
     "norm.": ("layernorm.",),
 }
 LEFT_OUT = re.compile(r"((\w+_)?head|fc|classifier|pooler)\.|mask_token$")
-SCALED = {                                                # a factor: what it scales, last a bias of its shape
-    "ls1.gamma": ("attn.proj.weight", "attn.proj.bias"),
-    "ls2.gamma": ("mlp.fc2.weight", "mlp.fc2.bias"),
-    "attn.qkv.bias_mask": ("attn.qkv.bias",),             # DINOv3: 0 for the keys
+SCALED = {                                                # a factor: the layer, and what of it it scales
+    "ls1.gamma": ("attn.proj", ("weight", "bias")),
+    "ls2.gamma": ("mlp.fc2", ("weight", "bias")),
+    "attn.qkv.bias_mask": ("attn.qkv", ("bias",)),        # DINOv3: 0 for the keys
 }
 
 SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -531,6 +531,16 @@ def is_state_dict(loaded):
         and value.layout is torch.strided for name, value in loaded.items())
 
 
+def positions(state):
+    """Rows of the position table; 0 without one."""
+    table = state.get("pos_embed", torch.empty(0))
+    return table.shape[1] if table.ndim == 3 else 0
+
+
+def is_square(n):
+    return n > 0 and math.isqrt(n) ** 2 == n
+
+
 def dino_name(name):
     """The name of a tensor in any of these files -> in DINO's, whose heads may still be there."""
     name = WRAPPERS.sub("", name)
@@ -556,8 +566,7 @@ def dino_names(state):
             raise WeightsError(f"{theirs!r} is the second tensor that stands for {name!r}; give another file")
         vit[name] = value
     merge_qkv(vit)
-    if "register_tokens" in vit and is_square(positions(vit)):    # timm's table has no row for CLS
-        vit["pos_embed"] = F.pad(vit["pos_embed"], (0, 0, 1, 0))
+    add_position_of_cls(vit)
     return vit
 
 
@@ -576,14 +585,10 @@ def merge_qkv(vit):
             vit[weight.replace(".weight", ".bias")] = vit[weight].new_zeros(vit[weight].shape[:1])
 
 
-def positions(state):
-    """Rows of the position table; 0 without one."""
-    table = state.get("pos_embed", torch.empty(0))
-    return table.shape[1] if table.ndim == 3 else 0
-
-
-def is_square(n):
-    return n > 0 and math.isqrt(n) ** 2 == n
+def add_position_of_cls(vit):
+    """timm's DINOv2 with registers has a table of patches alone, a square: CLS gets zeros, in place."""
+    if "register_tokens" in vit and is_square(positions(vit)):
+        vit["pos_embed"] = F.pad(vit["pos_embed"], (0, 0, 1, 0))
 
 
 def misfit(vit, state):
@@ -591,11 +596,10 @@ def misfit(vit, state):
     expected = {name: tuple(value.shape) for name, value in vit.state_dict().items()}
     if vit.pos_embed is not None and is_square(positions(state) - 1):     # a row for CLS, others for patches
         expected["pos_embed"] = (1, positions(state), vit.embed_dim)
-    for factor, parameters in SCALED.items():
-        bias = parameters[-1]                             # has the factor's shape
+    for factor, (layer, _) in SCALED.items():
         if any(name.endswith(factor) for name in state):  # if in any block, then in all
             for i in range(len(vit.blocks)):
-                expected[f"blocks.{i}.{factor}"] = expected[f"blocks.{i}.{bias}"]
+                expected[f"blocks.{i}.{factor}"] = expected[f"blocks.{i}.{layer}.bias"]   # the same shape
     missing = sorted(expected.keys() - state.keys() - {"periods"})
     unknown = sorted(state.keys() - expected.keys())
     if missing or unknown:
@@ -625,8 +629,9 @@ def load_vit(vit, state):
     for name in [name for name in state if name.endswith(tuple(SCALED))]:
         _, i, factor = name.split(".", 2)
         value = state.pop(name)
-        for parameter in SCALED[factor]:
-            scaled = f"blocks.{i}.{parameter}"
+        layer, parameters = SCALED[factor]
+        for parameter in parameters:
+            scaled = f"blocks.{i}.{layer}.{parameter}"
             state[scaled] = state[scaled] * (value[:, None] if state[scaled].ndim == 2 else value)
     if vit.pos_embed is not None:
         vit.pos_embed.data = vit.pos_embed.new_empty(state["pos_embed"].shape)

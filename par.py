@@ -17,8 +17,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# The paper names none of these. The values are AFA's, and the defaults of `PAR`. train.py takes the dilations
-# 1 2 4 8, that is 32 neighbours for 48 (decision 8).
+# The paper names none of these. The values are AFA's, and the defaults of `PAR`. On VOC and COCO train.py
+# takes the dilations 1 2 4 8, that is 32 neighbours for 48 (decision 8).
 DILATIONS = (1, 2, 4, 8, 12, 24)
 ITERATIONS = 10
 BANDWIDTH = 0.3
@@ -59,25 +59,20 @@ def affinity(image, dilations=DILATIONS, omega3=OMEGA3, bandwidth=BANDWIDTH):
 
     k_rgb = -((|I_kl - I_ij| / std_rgb) / bandwidth)^2, averaged over the three colours; std_rgb is the
     unbiased standard deviation of the N neighbours' values. k_pos is the same of the distance in pixels.
-
-    k_rgb is computed less (|I_1 - I_ij| / std_rgb / bandwidth)^2, I_1 being the first neighbour: that is the
-    same for all neighbours, so that softmax takes it away. Where a colour's neighbours are alike the rest is
-    exactly 0, and the other colours decide, however far the pixel itself is and however small std_rgb.
-    Two passes over the neighbours, for std_rgb and k_rgb, so that no tensor holds all N colours.
+    Three passes over the neighbours, for mean, std_rgb and k_rgb, so that no tensor holds all N colours.
     """
     image, N = full(image), 8 * len(dilations)
-    first = next(neighbours(image, dilations))                                    # (B, 3, H, W)
-    total, squares = torch.zeros_like(image), torch.zeros_like(image)
-    for neighbour in neighbours(image, dilations):
-        difference = neighbour - first
-        total += difference
-        squares.addcmul_(difference, difference)
-    # the first difference is 0, so that at least 1/N of `squares` is left: rounding makes none negative
-    variance = (squares - total.square_() / N) / (N - 1)
-    scale = -((variance.sqrt_() + EPS) * bandwidth) ** -2                         # (B, 3, H, W)
-    # (I_kl - I_1) (I_kl + I_1 - 2 I_ij) = (I_kl - I_ij)^2 - (I_1 - I_ij)^2
-    shift = first - 2 * image
-    k_rgb = torch.stack([(neighbour - first).mul_(neighbour + shift).mul_(scale).mean(1)
+    mean = sum(neighbours(image, dilations)) / N                                  # (B, 3, H, W)
+    squares = sum((neighbour - mean).square_() for neighbour in neighbours(image, dilations))
+    scale = 1 / (((squares / (N - 1)).sqrt() + EPS) * bandwidth)                  # (B, 3, H, W)
+
+    def minus_k_rgb(neighbour):                           # of each colour, (B, 3, H, W)
+        return (neighbour - image).mul_(scale).square_()
+
+    # less what the first neighbour has, which softmax takes away: where a colour is the same in all
+    # neighbours but another in the pixel, its large numbers become 0 and do not drown the other colours
+    first = minus_k_rgb(next(neighbours(image, dilations)))
+    k_rgb = torch.stack([(first - minus_k_rgb(neighbour)).mean(1)
                          for neighbour in neighbours(image, dilations)], dim=1)   # (B, N, H, W)
     distance = torch.tensor([math.hypot(*offset) for offset in offsets(dilations)], dtype=image.dtype)
     distance = distance.to(image.device, non_blocking=True)                       # (N,)
@@ -152,11 +147,11 @@ class PAR(nn.Module):
         index = neighbour_index(n, H, W, self.dilations, image.device)            # (n HW, N)
         return torch.cat([self.by_table(*some, index) for some in zip(image.split(n), masks.split(n))])
 
-    def by_definition(self, image, masks, affinity=affinity, average=average):
-        """All iterations as they are defined; to be compiled, as it is slow step by step."""
-        k = affinity(image, self.dilations, self.omega3, self.bandwidth).to(masks.dtype)          # (B, N, H, W)
+    def by_definition(self, image, masks, k_of=affinity, iterate=average):
+        """All iterations as they are defined, by `affinity` and `average` or their compiled forms."""
+        k = k_of(image, self.dilations, self.omega3, self.bandwidth).to(masks.dtype)      # (B, N, H, W)
         for _ in range(self.iterations):
-            masks = average(k, masks, self.dilations)
+            masks = iterate(k, masks, self.dilations)
         return masks
 
     def by_table(self, image, masks, index):

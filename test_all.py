@@ -513,7 +513,7 @@ def test_windows_equal_transfgus_rule_written_as_loops_also_when_not_square_or_o
                     on_x, on_y = x % (s / 2) == 0, y % (s / 2) == 0
                     if (on_x and on_y or on_y and (left or right) or on_x and (top or bottom)
                             or right and bottom):
-                        expected.append([x - s // 2, y - s // 2, x + s // 2, y + s // 2])
+                        expected.append([x - s // 2, y - s // 2, x + s // 2 + 1, y + s // 2 + 1])
         assert cam.windows(h, w).tolist() == expected
 
 
@@ -641,7 +641,7 @@ def test_window_features_are_the_normed_cls_tokens_of_the_crops(monkeypatch):
     mask = (mask > mask.mean()).view(20, 20).numpy().repeat(8, 0).repeat(8, 1)
     expected = {True: [], False: []}
     for x0, y0, x1, y1 in cam.windows(20, 20):
-        ys, xs = slice(y0 * 8, (y1 + 1) * 8 - 1), slice(x0 * 8, (x1 + 1) * 8 - 1)
+        ys, xs = slice(y0 * 8, y1 * 8 - 1), slice(x0 * 8, x1 * 8 - 1)
         share = mask[ys, xs].mean()
         if share > 0.5 or 1 - share > 0.8:
             crop = F.interpolate(image[:, :, ys, xs], (64, 64), mode="bilinear")
@@ -3049,7 +3049,7 @@ def test_an_interrupted_run_ends_bitwise_as_the_uninterrupted_one(uninterrupted,
 def test_a_kill_before_the_first_epoch_keeps_the_clusters(uninterrupted, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "cached_cams", raising(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        train.train(options(*RUN, out=tmp_path / "run"), torch.device("cpu"))
+        train.main(options(*RUN, out=tmp_path / "run"))
     shutil.rmtree(tmp_path / "cache")                     # k-means cannot be done again from them
     checkpoint, log = train_run(tmp_path)
     assert "windows" not in "".join(p.name for p in (tmp_path / "cache").iterdir())
@@ -3082,7 +3082,7 @@ def test_a_finished_run_trains_nothing_draws_its_pictures_again_and_says_so(unin
     with pytest.MonkeyPatch.context() as patch:           # killed before the first step of a further epoch
         patch.setattr(train, "open_log", raising(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
-            train.train(train.parse([*RUN, "--epochs", "4", "--out", str(run)]), torch.device("cpu"))
+            train.main(train.parse([*RUN, "--epochs", "4", "--out", str(run)]))
     for name in ("last.pt", "best.pt", "log.jsonl"):
         assert (run / name).read_bytes() == (uninterrupted[0] / "run" / name).read_bytes()
     ends(2, "--lr 0.0005, now 0.5", "train.py", *RUN, "--out", run, "--lr", "0.5", "--epochs", "4")
@@ -4095,16 +4095,17 @@ def test_golden_par(z, c):
 
 @golden("anchors_*.npz")
 def test_golden_windows(z, c):
-    """TransFGU's windows: the same, in the same order."""
-    assert np.array_equal(cam.windows(c["h"], c["w"], c["scales"]), z["windows"])
+    """TransFGU's windows: the same, in the same order. Its x1 and y1 are the last patches in a window."""
+    assert np.array_equal(cam.windows(c["h"], c["w"], c["scales"]), z["windows"] + (0, 0, 1, 1))
 
 
 @golden("window_bank_*.npz")
 def test_golden_window_crops(z, c):
     """TransFGU's choice of foreground windows, the same number, and its crops of them, within 1e-5."""
     patch = c["image"] // c["grid"]
-    fore, _ = cam.select_windows(torch.from_numpy(z["fg_mask"][0]).bool(), z["windows"], patch)
-    crops = cam.crop_windows(torch.from_numpy(z["image"][0]), z["windows"][fore], patch, c["crop_size"])
+    boxes = z["windows"] + (0, 0, 1, 1)
+    fore, _ = cam.select_windows(torch.from_numpy(z["fg_mask"][0]).bool(), boxes, patch)
+    crops = cam.crop_windows(torch.from_numpy(z["image"][0]), boxes[fore], patch, c["crop_size"])
     known = np.isfinite(z["crops_mean"][:, 0])            # the shipped file has a part of the image
     assert len(crops) == z["n_kept"] and known.any()
     near(crops[known].mean((2, 3)), z["crops_mean"][known], 1e-5)

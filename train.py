@@ -25,7 +25,6 @@ import os
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -108,9 +107,9 @@ def parse(argv=None, *parsers, **settings):
         help="side of the squashed image; half of it has to be whole patches (%(default)s, or the next that "
              "is). With another value crops have half of it, the images that windows are cut from twice it, "
              "and windows just it. Smaller is faster and worse")
-    p.set_defaults(crop=None,                             # side in pixels of training crops: see `set_sizes`;
-                   large=None,                            # of the images that windows are cut from;
-                   window=None,                           # that windows are resized to for the ViT
+    p.set_defaults(crop=160,                              # side in pixels of training crops,
+                   large=640,                             # of the images that windows are cut from,
+                   window=320,                            # that windows are resized to for the ViT
                    scales=cam.THING_SCALES)               # sides of the windows, as shares of the image
 
     # the modules
@@ -171,7 +170,11 @@ def parse(argv=None, *parsers, **settings):
     if args.out is None:
         args.out = os.path.join("runs", args.data if args.method == "dmsa" else f"{args.data}-{args.method}")
     patch = BACKBONES[args.backbone][0]["patch_size"]
-    set_sizes(args, p.get_default("size"), patch)
+    own_size = p.get_default("size")                      # of the data set
+    if args.size == own_size and own_size % (2 * patch):  # DINOv2's patch of 14: 336 pixels for 320
+        args.size = math.ceil(own_size / (2 * patch)) * 2 * patch
+    if args.size != own_size:
+        args.crop, args.large, args.window = args.size // 2, 2 * args.size, args.size
     if args.size % 2 or args.crop % patch or args.size < 4 * patch:
         p.error(f"--size {args.size}: half of it must be a multiple of {args.backbone}'s patch, {patch}, "
                 f"and at least {2 * patch}")
@@ -186,7 +189,7 @@ def parse(argv=None, *parsers, **settings):
 
 
 BY_DATA_SET = {
-    "shapes": dict(backbone="tiny", size=192, large=128, window=96, repeat=1,     # decision 26
+    "shapes": dict(backbone="tiny", size=192, crop=96, large=128, window=96, repeat=1,     # decision 26
                    epochs=10, batch=8, lr=5e-4, momentum=0.97, teacher_start=4, par=[1, 2, 8, 16],
                    lambdas=[0.3, 1.0, 0.1, 1.0], jitter=[0.4, 0.4, 0.4, 0.05]),
     "voc": dict(),
@@ -198,24 +201,6 @@ BY_DATA_SET = {
     "folder": dict(root=None, classes=20, backbone="vits16", window=224, repeat=None,      # decision 32
                    epochs=10, batch=16, lr=5e-4, teacher_start=4, lambdas=[0.3, 1.0, 0.1, 1.0]),
 }
-
-
-def set_sizes(args, own, patch):
-    """Fit size, crop, large and window, all in pixels, to --size and to the ViT's patch.
-
-    crop is half of size, large is twice size, and window is size: voc has 320, 160, 640, 320. BY_DATA_SET has
-    other values of large and window, which hold for the data set's own size. A patch of 14 needs a multiple
-    of 28: for 320 it is 336, 168, 672, 336.
-    """
-    if args.size == own:
-        args.size = math.ceil(own / (2 * patch)) * 2 * patch
-    else:
-        args.large = args.window = None
-    args.crop = args.size // 2
-    if args.large is None or args.large % patch:
-        args.large = 2 * args.size
-    if args.window is None or args.window % patch:
-        args.window = args.size
 
 
 # ----------------------------------------------------------------------------
@@ -486,14 +471,15 @@ class Trainer:
             {"params": [p for p in self.params if p.ndim <= 1], "weight_decay": 0.0}], lr=args.lr)
         self.par = PAR(tuple(args.par), compile=args.compile) if args.par else None
         # The N channels are the background, if there is one, and the clusters of things, then of stuff.
-        # Things are L_seg's foreground (decision 13). Which channel is of which class `score_val` finds; of a
-        # folder, whose classes the channels are, the assignment below stays.
+        # Things are L_seg's foreground (decision 13).
         things = range(source.background, source.background + source.things)
         self.is_thing = torch.tensor([n in things for n in range(N)], device=device)      # (N,)
         self.bf16 = use_bf16(args.precision, device)
         self.epoch = 0                                    # how many are done
         self.results = {}                                 # on val: scores of "cam", "last", "best" epoch
-        self.assignment = [n % len(source.names) for n in range(N)]                       # cluster -> class
+        # cluster -> class: of a folder its own, which stays; else any until `score_val` has found it. There
+        # may be more clusters than classes, the background's name included
+        self.assignment = [n % len(source.names) for n in range(N)]
 
     def rates(self, epoch):
         """Table 1's row of this epoch, or DeepLabV3+'s rates in every epoch."""
@@ -516,6 +502,7 @@ class Trainer:
         args, network, background = self.args, self.network, self.source.background
         H = args.crop                                     # pixels of a side of a crop (VOC: 160),
         h = H // network.vit.patch_size                   # and patches (20)
+        # without the teacher PAR gets one class a patch; what is only enlarged stays soft (decision 31)
         hard = args.coarse == "hard" and self.par is not None
         targets = []
         for batch in micro_batches:
@@ -603,12 +590,13 @@ def enlarged(maps, size):
 # The loop
 
 
-def train(args, device, trainer_class=Trainer):
-    """The whole run: coarse labels, then epochs of steps, each with its scores and its checkpoint."""
-    state = resume(args, trainer_class)                          # of last.pt, or None
-    sources = open_data(args, state)                      # {"train", "val": data set}; of a folder no val
-    vit, digest = frozen_vit(args, state, device)
+def train(args, sources, vit, digest, state, device, trainer_class=Trainer):
+    """The whole run: coarse labels, then epochs of steps, each with its scores and its checkpoint.
 
+    sources  {"train", "val": data.Dataset}; of a folder there is no val
+    vit      the frozen ViT; digest: SHA-256 of its weights
+    state    what `checkpoint_of` put into last.pt, where a run goes on; None for a new one
+    """
     # coarse labels: images -> windows -> centroids -> CAMs (Fig. 2, left)
     images = {split: cached_squashed(args, f"{split}-images", source, source.squashed)
               for split, source in sources.items()}       # (n, S, S, 3) uint8 each
@@ -649,21 +637,22 @@ def train(args, device, trainer_class=Trainer):
                 progress(step + 1 - first)
             record = {"epoch": epoch, "step": step + 1, **losses, "rates": list(trainer.rates(epoch)),
                       "lr": args.lr}
-            if step + 1 < epoch * steps:                  # the epoch's last line has its scores, too
+            if step + 1 < epoch * steps:
                 log.write(json.dumps(record) + "\n")
-        record |= speed(args, device, steps, time.time() - begin, waited)
+        of_epoch = speed(args, device, steps, time.time() - begin, waited)
         if labels is None:
-            record["clusters"] = clusters_in_use(trainer, images["train"], epoch, kept)
+            of_epoch |= {"clusters": clusters_in_use(trainer, images["train"], epoch, kept)}
         else:
             of_val, trainer.assignment = score_val(trainer, images["val"], labels, epoch, kept)
-            record |= of_val | trainer.results["cam"]
+            of_epoch |= of_val | trainer.results["cam"]
+        record |= of_epoch                                # the line of the epoch's last step has both
         log.write(json.dumps(record) + "\n")
         finish_epoch(trainer, record)
         print0(epoch_line(args, record, dict(zip(losses, total / steps))))
         fastest = max(fastest, record["images_per_s"])
         if record["images_per_s"] < fastest / 2:
-            print0(f"{fastest / record['images_per_s']:.0f} times slower than the fastest epoch: does other work "
-                   f"use this machine? See \"A busy CPU\" in docs/usage.md")
+            print0(f"{fastest / record['images_per_s']:.0f} times slower than the fastest epoch: does other "
+                   f"work use this machine? See \"A busy CPU\" in docs/usage.md")
     show_results(trainer, images["train" if labels is None else "val"], labels)
 
 
@@ -677,9 +666,9 @@ def open_data(args, state):
     """The splits, {"train": data set, "val": data set}; a folder has no val. state: of `resume`."""
     sources = {}
     for split in ("train",) if args.data == "folder" else ("train", "val"):
-        with zero_first(RANK):                            # the first process lists COCO's images for all
-            source = data.dataset(args.data, args.root, split, args.classes, args.seed,
-                                  cache=Path(args.out).parent / "cache")
+        # the first process lists COCO's images for all
+        source = zero_first(RANK, lambda: data.dataset(args.data, args.root, split, args.classes, args.seed,
+                                                       cache=Path(args.out).parent / "cache"))
         if args.limit:
             source.limit(args.limit)
         if args.classes and args.data != "folder":        # more clusters than classes
@@ -720,8 +709,8 @@ def frozen_vit(args, state, device):
         vit, digest = VisionTransformer(**BACKBONES[args.backbone][0]), state["weights"]
         load_vit(vit, state["vit"])
     else:
-        with zero_first(LOCAL_RANK):                      # the first process of each machine fetches it
-            vit, file, digest = backbone(args.backbone, args.weights)
+        # the first process of each machine fetches it
+        vit, file, digest = zero_first(LOCAL_RANK, lambda: backbone(args.backbone, args.weights))
         print0(f"{args.backbone}: {file}, SHA-256 {digest}")
     return vit.to(device).eval().requires_grad_(False), digest
 
@@ -994,17 +983,12 @@ def barrier():
     all_reduce_sum(torch.zeros(1))
 
 
-@contextmanager
-def zero_first(rank):
-    """The process whose `rank` is 0 does what is inside first; the others then find what it left on disk.
-
-    Each process passes one barrier: rank 0 behind what is inside, the others before it.
-    """
-    if rank:
-        barrier()                                         # until rank 0 is done
-    yield
-    if not rank:
-        barrier()                                         # the others may go on
+def zero_first(rank, work):
+    """What work() gives. The process whose `rank` is 0 is first; the others find what it left on disk."""
+    if rank == 0:
+        done = work()
+    barrier()
+    return done if rank == 0 else work()
 
 
 def print0(*words):
@@ -1020,14 +1004,6 @@ def use_bf16(precision, device):
             print0("--precision bf16: this CPU has no instructions for it, fp32 is many times faster")
     able = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return precision == "bf16" or precision == "auto" and able
-
-
-def dry_run(args, trainer_class):
-    """Check options, data and weights, print the settings."""
-    state = resume(args, trainer_class)
-    open_data(args, state)
-    frozen_vit(args, state, "cpu")
-    print0(json.dumps(vars(args), indent=1))
 
 
 def check_compiler(device):
@@ -1053,10 +1029,13 @@ def main(args, trainer_class=Trainer):
     device = start_processes(args.device)
     if args.compile:
         check_compiler(device)
-    if args.dry_run:
-        dry_run(args, trainer_class)
+    state = resume(args, trainer_class)
+    sources = open_data(args, state)
+    vit, digest = frozen_vit(args, state, device)
+    if args.dry_run:                                      # options, data and weights have been tried
+        print0(json.dumps(vars(args), indent=1))
     else:
-        train(args, device, trainer_class)
+        train(args, sources, vit, digest, state, device, trainer_class)
 
 
 def launch(args, trainer_class=Trainer):
