@@ -3348,6 +3348,7 @@ def test_a_folder_of_photographs_trains_and_predicts_without_labels_and_has_to_s
     here(0, "clusters.png", "tools/show.py", "clusters", run)
     assert Image.open(run / "clusters.png").size[1] == 24 + 2 * 166 + 6           # dog and background
     here(2, "other classes", "tools/show.py", "compare", run, other)
+    here(2, "no labels", "tools/show.py", "pairs", run)
 
     text = here(0, "too few for 200", "tools/how_many.py", run, "--classes", "3", "2", "200")
     assert re.findall(r"^\| +(\d+) \|", text, re.M) == ["2", "3"]
@@ -4571,6 +4572,10 @@ OF_SHOW = {
         "--limit": [("compare run.pt --limit 2", "compare run.pt", "picture")],
         "--out": [("compare run.pt --out x", "compare run.pt", "files")],
         "--device": [("compare run.pt --device cpu", "compare run.pt", "")]},
+    "pairs": {
+        "run": [("pairs other.pt", "pairs run.pt", "picture")],
+        "--out": [("pairs run.pt --out x", "pairs run.pt", "files")],
+        "--device": [("pairs run.pt --device cpu", "pairs run.pt", "")]},
     "clusters": {
         "run": [("clusters other.pt", "clusters run.pt", "picture")],
         "--device": [("clusters run.pt --device cpu", "clusters run.pt", "")]}}
@@ -4705,9 +4710,20 @@ def test_every_option_of_pretrain_changes_what_it_names_and_nothing_else(tmp_pat
     see_what_changes(OF_PRETRAIN, trained)
 
 
+def test_pairs_counts_what_is_right_of_a_class_with_and_without_another_one(monkeypatch):
+    monkeypatch.setattr(show, "FEWEST", 2)
+    labels = np.array([[1, 1, 2], [1, 2, 2], [1, 1, 0], [1, 0, 0], [2, 0, 255]]).reshape(5, 1, 3)
+    masks = np.array([[1, 2, 2], [2, 2, 2], [1, 1, 1], [0, 0, 0], [2, 2, 2]]).reshape(5, 1, 3)
+    found = show.recall_beside(labels, masks, 3)
+    # class 1 beside 2: one pixel of three is right, elsewhere two of three; beside 0 as elsewhere without 2
+    assert found[0] == (1, 2, pytest.approx(1 / 3), pytest.approx(2 / 3), 2, 2)
+    assert found[-1] == (1, 0, pytest.approx(2 / 3), pytest.approx(1 / 3), 2, 2) and len(found) == 2
+
+
 def test_every_option_of_show_changes_what_it_names_and_nothing_else(uninterrupted, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(pictures, "SHEET", 4)
+    monkeypatch.setattr(show, "FEWEST", 1)
     monkeypatch.chdir(tmp_path)
     last = uninterrupted[1] | {"args": uninterrupted[1]["args"] | {"limit": 4}}
     torch.save(last, "run.pt")

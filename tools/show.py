@@ -1,8 +1,9 @@
-"""What a run makes of single photographs, drawn.
+"""What a run makes of single images, drawn.
 
     python tools/show.py explain runs/voc photo.jpg       # every stage of Fig. 2 for one photograph
     python tools/show.py compare runs/voc runs/other      # runs side by side on val (Figs. 3 and 4)
     python tools/show.py compare runs/voc runs/other --predict photos
+    python tools/show.py pairs runs/voc                   # which class is lost beside which other on val
     python tools/show.py clusters runs/folder             # what each cluster shows: clusters.png in there
 
 A run is its folder (best.pt, or last.pt where there is no best) or one of its checkpoints.
@@ -21,7 +22,11 @@ from PIL import Image, ImageDraw
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data                                               # noqa: E402
 from eval import check_outside, open_run, open_split, restore, segment_photograph     # noqa: E402
-from tools.pictures import TILE, class_colours, cluster_sheet, grey, page, stages, write      # noqa: E402
+from tools.pictures import (TILE, class_colours, cluster_sheet, grey, masks_of, page, panels,     # noqa: E402
+                            stages, write)
+
+
+FEWEST = 3                                                # images of a pair of classes, together and apart
 
 
 def explain(args):
@@ -79,6 +84,50 @@ def compare(args):
     save(page(rows, titles[:len(rows[0])], checkpoints[0]), Path(args.out) / "compare.png")
 
 
+def pairs(args):
+    """pairs.png: of the class that is most lost beside another one on val, images with both and without."""
+    checkpoint = open_run(args.run)
+    source, names = open_split(checkpoint), checkpoint["names"]
+    if checkpoint["args"]["data"] == "folder":
+        raise data.UserError(f"{args.run}: a run on a folder has no labels; pairs needs those of a data set")
+    network, size = restore(checkpoint, args.device), checkpoint["args"]["size"]
+    chosen, masks = masks_of(network, checkpoint, source)                         # (n,), (n, S, S)
+    labels = np.stack([data.squash(source.label(i), size, "nearest") for i in chosen])
+    print("class         beside        right there, %  elsewhere, %  images")
+    worst = recall_beside(labels, masks, len(names))[:10]
+    for a, b, beside, elsewhere, both, alone in worst:
+        print(f"{names[a]:12}  {names[b]:12}  {100 * beside:14.1f}  {100 * elsewhere:12.1f}  {both}, {alone}")
+    if not worst:
+        raise data.UserError(f"{args.run}: no two classes are in {FEWEST} images of val together and apart")
+    a, b, *_ = worst[0]
+    shows_a, shows_b = ((labels == c).any((1, 2)) for c in (a, b))
+    examples = [*np.flatnonzero(shows_a & shows_b)[:3], *np.flatnonzero(shows_a & ~shows_b)[:3]]
+    images = np.stack([source.squashed(chosen[i], size) for i in examples])
+    save(panels(network, checkpoint, images, labels[examples]), Path(args.out) / "pairs.png")
+
+
+def recall_beside(labels, masks, n):
+    """How much of each class is right in images with and without another one; the most different pairs first.
+
+    labels, masks  (images, S, S) of n classes
+    returns        [(a, b, share of a's pixels that are right beside b, share elsewhere, images of both, of a
+                   alone)], of all pairs that are in FEWEST images together and in FEWEST apart
+    """
+    def pixels(values):                                   # of each class, (n,)
+        return np.bincount(values.flatten(), minlength=256)[:n]
+
+    truth = np.stack([pixels(label) for label in labels])                         # (images, n)
+    right = np.stack([pixels(label[label == mask]) for label, mask in zip(labels, masks)])
+    found = []
+    for a in range(n):
+        for b in range(n):
+            both, alone = ((truth[:, a] > 0) & with_b for with_b in (truth[:, b] > 0, truth[:, b] == 0))
+            if min(both.sum(), alone.sum()) >= FEWEST:
+                beside, elsewhere = (right[rows, a].sum() / truth[rows, a].sum() for rows in (both, alone))
+                found.append((a, b, beside, elsewhere, both.sum(), alone.sum()))
+    return sorted(found, key=lambda pair: pair[2] - pair[3])
+
+
 def clusters(args):
     """clusters.png beside the checkpoint, as a run on a folder draws it at its end."""
     checkpoint = open_run(args.run)
@@ -97,8 +146,8 @@ def parse(argv=None):
     p = argparse.ArgumentParser(description="Draw what a run makes of photographs.", usage=argparse.SUPPRESS,
                                 allow_abbrev=False, epilog=__doc__.split("\n\n")[1],
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    below = p.add_subparsers(dest="what", required=True, metavar="explain | compare | clusters")
-    for draw in (explain, compare, clusters):
+    below = p.add_subparsers(dest="what", required=True, metavar="explain | compare | pairs | clusters")
+    for draw in (explain, compare, pairs, clusters):
         own = below.add_parser(draw.__name__, description=draw.__doc__, usage=argparse.SUPPRESS,
                                allow_abbrev=False)
         own.set_defaults(draw=draw)
