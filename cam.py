@@ -99,9 +99,10 @@ def window_centres(n, s):
     return sorted({*range(reach, n - reach, reach), n - 1 - reach})
 
 
-def windows(h, w, scales=THING_SCALES):
-    """Sliding windows on an h x w grid: (M, 4) int64 of x0 y0 x1 y1 in patches, up to x1 and y1 (TransFGU).
+def windows(h, w, patch, scales=THING_SCALES):
+    """Sliding windows on a grid of h x w patches: (M, 4) int64 of x0 y0 x1 y1 in pixels, the end exclusive.
 
+    patch    side of a patch in pixels
     scales   sides of the windows as shares of the grid's shorter side. Scale by scale, rows first
     raises   ValueError if no window fits
 
@@ -112,16 +113,11 @@ def windows(h, w, scales=THING_SCALES):
         s = int(min(h, w) * scale)
         reach = s // 2
         if 0 < s < min(h, w):
-            boxes += [(x - reach, y - reach, x + reach + 1, y + reach + 1)
+            boxes += [(x - reach, y - reach, x + reach + 1, y + reach + 1)        # in patches
                       for y in window_centres(h, s) for x in window_centres(w, s)]
     if not boxes:
         raise ValueError(f"no window of scales {tuple(scales)} fits a grid of {h} x {w} patches")
-    return np.array(boxes)
-
-
-def pixel_boxes(boxes, patch):
-    """`windows` (M, 4) in patches -> in pixels. TransFGU leaves out the last row and column of pixels."""
-    return boxes * patch - (0, 0, 1, 1)
+    return np.array(boxes) * patch - (0, 0, 1, 1)         # TransFGU leaves out the last row and column
 
 
 def attended_patches(A, grid):
@@ -134,22 +130,22 @@ def attended_patches(A, grid):
 def select_windows(mask, boxes, patch):
     """Which windows lie on the foreground and which off it.
 
-    mask     (h, w) bool, foreground patches
-    boxes    (M, 4) of `windows`; patch: its side in pixels
+    mask     (h, w) bool, foreground patches of `patch` pixels a side
+    boxes    (M, 4) of `windows`
     returns  fore, back: bool (M,); share of foreground above COVER, share of background above CLEAR
     """
     # in pixels, since windows end within a patch; sums[y, x] counts the foreground above and left of (y, x)
     pixels = mask.cpu().numpy().repeat(patch, 0).repeat(patch, 1)                 # (H, W)
     sums = np.pad(pixels.cumsum(0).cumsum(1), ((1, 0), (1, 0)))                   # (H + 1, W + 1)
-    x0, y0, x1, y1 = pixel_boxes(boxes, patch).T
+    x0, y0, x1, y1 = boxes.T
     share = (sums[y1, x1] - sums[y0, x1] - sums[y1, x0] + sums[y0, x0]) / ((x1 - x0) * (y1 - y0))
     return share > COVER, 1 - share > CLEAR
 
 
-def crop_windows(image, boxes, patch, size):
+def crop_windows(image, boxes, size):
     """Windows of one image (3, H, W) resized to size x size (bilinear): (M, 3, size, size)."""
     return torch.cat([F.interpolate(image[None, :, y0:y1, x0:x1], size=(size, size), mode="bilinear")
-                      for x0, y0, x1, y1 in pixel_boxes(boxes, patch).tolist()])
+                      for x0, y0, x1, y1 in boxes.tolist()])
 
 
 def features_of_windows(vit, image, boxes, size):
@@ -158,7 +154,7 @@ def features_of_windows(vit, image, boxes, size):
     together = max(1, patches // (size // vit.patch_size) ** 2)                   # windows
     features = image.new_empty(len(boxes), len(vit.norm.weight))                  # (M, D)
     for start in range(0, len(boxes), together):
-        crops = crop_windows(image, boxes[start:start + together], vit.patch_size, size)
+        crops = crop_windows(image, boxes[start:start + together], size)
         features[start:start + together] = cls_feature(vit, crops)
     return features
 
@@ -176,7 +172,7 @@ def window_features(vit, image, size, scales=THING_SCALES, stuff=False):
         raise ValueError(f"image {tuple(image.shape)}: one at a time, (1, 3, H, W)")
     grid = patch_grid(vit, image)
     _, A, _ = last_attention(vit, image)
-    boxes = windows(*grid, scales)
+    boxes = windows(*grid, vit.patch_size, scales)
     fore, back = select_windows(attended_patches(A, grid)[0], boxes, vit.patch_size)
     fore_boxes = boxes[fore]
     back_boxes = boxes[back] if stuff else boxes[:0]
@@ -249,9 +245,8 @@ def class_activation_maps(vit, image, centroids):
         copies = attended[:, None].repeat(1, len(centroids), 1).requires_grad_()  # (B, K, D)
         cosine = F.cosine_similarity(finish_block(vit, x[:, None], copies), centroids, dim=2)     # (B, K)
         u, = torch.autograd.grad(cosine.sum(), copies)                            # (B, K, D)
-    # a sum over heads and the d channels of each is one over D = heads * d channels
-    values = v[:, :, patches].transpose(1, 2).flatten(2)                          # (B, hw, D), heads as in u
-    alpha = torch.einsum("bkD,bnD->bkn", u, values) / A.shape[1]                  # (B, K, hw)
+    u = u.unflatten(2, (v.shape[1], v.shape[3]))                                  # (B, K, heads, d)
+    alpha = torch.einsum("bkhd,bhnd->bhkn", u, v[:, :, patches]).mean(1)          # (B, K, hw)
     evidence = F.relu(alpha)
     evidence = evidence * keep_mass(evidence)
     attention = A[:, :, patches].mean(1, keepdim=True)                            # (B, 1, hw)
@@ -305,7 +300,7 @@ def main():
           f"{np.bincount(vq(bank.numpy(), centroids.numpy())[0]).tolist()}")
     picture = pictures[0]
     _, A, _ = last_attention(vit, picture)
-    boxes = windows(20, 20)
+    boxes = windows(20, 20, 8)
     chosen, _ = select_windows(attended_patches(A, (20, 20))[0], boxes, 8)
     attention = A[0, 0, 1:].view(20, 20)
     tiles = [("image and kept windows", picture[0]),
@@ -319,7 +314,7 @@ def main():
         tile = Image.fromarray((pixels.clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy())
         page.paste(tile.resize((cell, cell), Image.NEAREST), (10 + i * (cell + 10), 30))
         draw.text((10 + i * (cell + 10), 10), title, "black")
-    for box in pixel_boxes(boxes[chosen], 8) * cell / size:
+    for box in boxes[chosen] * cell / size:
         draw.rectangle([10 + box[0], 30 + box[1], 10 + box[2], 30 + box[3]], outline="yellow")
     page.save("cam.png")
     print("wrote cam.png: the map of a cluster is bright on the disc of its colour and black on any other")

@@ -342,6 +342,12 @@ def high_bytes(image, path):
     return image
 
 
+def decoded_size(size, least):
+    """Pixels (W, H) that are enough of `size`: `least` a side; of more than REDUCED a half or a quarter."""
+    halvings = max(0, math.ceil(math.log(math.prod(size) / REDUCED, 4)))
+    return [min(side // 2 ** halvings, least or side) for side in size]
+
+
 def open_image(path, upright=False, least=None):
     """Decode any image to RGB: uint8 (H, W, 3). Raises UserError naming the file.
 
@@ -352,11 +358,7 @@ def open_image(path, upright=False, least=None):
     """
     with opened(path) as image:
         is_16_bit = image.mode[0] in "IF" or ";16" in str(image.tile[:1])
-        halvings = max(0, math.ceil(math.log(image.width * image.height / REDUCED, 4)))
-        enough = [side // 2 ** halvings for side in image.size]
-        if least:
-            enough = [min(side, least) for side in enough]
-        image.draft(None, enough)                         # a JPEG is decoded smaller, but not below this
+        image.draft(None, decoded_size(image.size, least))        # a JPEG is decoded smaller, not below this
         image.load()                                      # Pillow turns TIFF by itself here
         turn = TURNS.get(orientation(image)) if upright else None
         rgb = to_rgb(high_bytes(image, path) if is_16_bit else image)
@@ -396,7 +398,9 @@ def open_label(path, n_values=256, colours=None, gaps=()):
         raise UserError(f"{path}: label value {unknown[0]} is not in use in this data set (0 to "
                         f"{n_values - 1}{', with gaps' if len(gaps) else ''}, and 255); correct the file, or "
                         f"choose another data set")
-    for value in used[used < min(len(file_colours), VOID)] if colours is not None else ():
+    if colours is None:
+        return label
+    for value in used[used < min(len(file_colours), VOID)]:
         colour, expected = file_colours[value].tolist(), colours[value].tolist()
         if colour not in (expected, [value] * 3):
             raise UserError(f"{path}: its palette shows label value {value} in colour {colour}, which is "

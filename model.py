@@ -171,8 +171,7 @@ class VisionTransformer(nn.Module):
         self.pos_embed = None if rope else nn.Parameter(torch.zeros(1, 1 + n_patches, embed_dim))
         # of a head's d_k channels a half turns by rows, a half by columns, each in pairs: d_k / 4 periods
         n = embed_dim // num_heads // 4
-        periods = 100 ** (torch.arange(n) / n)            # decision 29
-        self.register_buffer("periods", periods if rope else None)
+        self.register_buffer("periods", 100 ** (torch.arange(n) / n) if rope else None)   # decision 29
         self.patch_embed = PatchEmbed(patch_size, embed_dim)
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, eps=eps) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=eps)

@@ -64,15 +64,16 @@ def affinity(image, dilations=DILATIONS, omega3=OMEGA3, bandwidth=BANDWIDTH):
     image, N = full(image), 8 * len(dilations)
     mean = sum(neighbours(image, dilations)) / N                                  # (B, 3, H, W)
     squares = sum((neighbour - mean).square_() for neighbour in neighbours(image, dilations))
-    scale = 1 / (((squares / (N - 1)).sqrt() + EPS) * bandwidth)                  # (B, 3, H, W)
+    std = (squares / (N - 1)).sqrt()                                              # (B, 3, H, W)
+    factor = -1 / ((std + EPS) * bandwidth) ** 2
 
-    def minus_k_rgb(neighbour):                           # of each colour, (B, 3, H, W)
-        return (neighbour - image).mul_(scale).square_()
+    def exponent(neighbour):                              # k_rgb of each colour, (B, 3, H, W)
+        return (neighbour - image).square_().mul_(factor)
 
-    # less what the first neighbour has, which softmax takes away: where a colour is the same in all
-    # neighbours but another in the pixel, its large numbers become 0 and do not drown the other colours
-    first = minus_k_rgb(next(neighbours(image, dilations)))
-    k_rgb = torch.stack([(first - minus_k_rgb(neighbour)).mean(1)
+    # softmax takes away what all neighbours share. The first one's is taken away before: where neighbours are
+    # alike in a colour that the pixel has not, huge numbers become 0 and do not drown the other colours
+    first = exponent(next(neighbours(image, dilations)))
+    k_rgb = torch.stack([(exponent(neighbour) - first).mean(1)
                          for neighbour in neighbours(image, dilations)], dim=1)   # (B, N, H, W)
     distance = torch.tensor([math.hypot(*offset) for offset in offsets(dilations)], dtype=image.dtype)
     distance = distance.to(image.device, non_blocking=True)                       # (N,)

@@ -514,7 +514,7 @@ def test_windows_equal_transfgus_rule_written_as_loops_also_when_not_square_or_o
                     if (on_x and on_y or on_y and (left or right) or on_x and (top or bottom)
                             or right and bottom):
                         expected.append([x - s // 2, y - s // 2, x + s // 2 + 1, y + s // 2 + 1])
-        assert cam.windows(h, w).tolist() == expected
+        assert cam.windows(h, w, 1).tolist() == [[x0, y0, x1 - 1, y1 - 1] for x0, y0, x1, y1 in expected]
 
 
 def test_the_foreground_is_what_cls_attends_to_more_than_average_among_patches():
@@ -640,8 +640,8 @@ def test_window_features_are_the_normed_cls_tokens_of_the_crops(monkeypatch):
     mask = vit(image)[1][:, :, 1:].mean(1)
     mask = (mask > mask.mean()).view(20, 20).numpy().repeat(8, 0).repeat(8, 1)
     expected = {True: [], False: []}
-    for x0, y0, x1, y1 in cam.windows(20, 20):
-        ys, xs = slice(y0 * 8, y1 * 8 - 1), slice(x0 * 8, x1 * 8 - 1)
+    for x0, y0, x1, y1 in cam.windows(20, 20, 8):
+        ys, xs = slice(y0, y1), slice(x0, x1)
         share = mask[ys, xs].mean()
         if share > 0.5 or 1 - share > 0.8:
             crop = F.interpolate(image[:, :, ys, xs], (64, 64), mode="bilinear")
@@ -2854,7 +2854,7 @@ def test_damaged_shards_and_log_lines_are_named_or_dropped(tmp_path):
         with pytest.raises(data.UserError, match="03.npy: damaged; delete it"):
             train.cached_shards(args, "x", [], 9, np.array)
     (tmp_path / "log.jsonl").write_bytes(b'{"epoch": 1}\n\0\0\n[]\n{"step": 1}\n\xff\n{"epoch": 2}\n{"epo')
-    train.open_log(tmp_path, 1).close()
+    train.Log(tmp_path, 1).file.close()
     assert (tmp_path / "log.jsonl").read_text() == '{"epoch": 1}\n'
 
 
@@ -3080,7 +3080,7 @@ def test_a_finished_run_trains_nothing_draws_its_pictures_again_and_says_so(unin
     assert "last epoch: mIoU" in text and "epoch 3/3" not in text, text
     assert [picture.read_bytes() for picture in drawn] == before
     with pytest.MonkeyPatch.context() as patch:           # killed before the first step of a further epoch
-        patch.setattr(train, "open_log", raising(KeyboardInterrupt()))
+        patch.setattr(train, "Log", raising(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             train.main(train.parse([*RUN, "--epochs", "4", "--out", str(run)]))
     for name in ("last.pt", "best.pt", "log.jsonl"):
@@ -4096,17 +4096,19 @@ def test_golden_par(z, c):
 
 @golden("anchors_*.npz")
 def test_golden_windows(z, c):
-    """TransFGU's windows: the same, in the same order. Its x1 and y1 are the last patches in a window."""
-    assert np.array_equal(cam.windows(c["h"], c["w"], c["scales"]), z["windows"] + (0, 0, 1, 1))
+    """TransFGU's windows: the same, in the same order. In the file x1 and y1 are the last patches."""
+    x0, y0, x1, y1 = z["windows"].T
+    pixels = np.stack([8 * x0, 8 * y0, 8 * x1 + 7, 8 * y1 + 7], 1)                # without the last row
+    assert np.array_equal(cam.windows(c["h"], c["w"], 8, c["scales"]), pixels)
 
 
 @golden("window_bank_*.npz")
 def test_golden_window_crops(z, c):
     """TransFGU's choice of foreground windows, the same number, and its crops of them, within 1e-5."""
     patch = c["image"] // c["grid"]
-    boxes = z["windows"] + (0, 0, 1, 1)
+    boxes = (z["windows"] + (0, 0, 1, 1)) * patch - (0, 0, 1, 1)
     fore, _ = cam.select_windows(torch.from_numpy(z["fg_mask"][0]).bool(), boxes, patch)
-    crops = cam.crop_windows(torch.from_numpy(z["image"][0]), boxes[fore], patch, c["crop_size"])
+    crops = cam.crop_windows(torch.from_numpy(z["image"][0]), boxes[fore], c["crop_size"])
     known = np.isfinite(z["crops_mean"][:, 0])            # the shipped file has a part of the image
     assert len(crops) == z["n_kept"] and known.any()
     near(crops[known].mean((2, 3)), z["crops_mean"][known], 1e-5)

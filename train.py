@@ -170,11 +170,8 @@ def parse(argv=None, *parsers, **settings):
     if args.out is None:
         args.out = os.path.join("runs", args.data if args.method == "dmsa" else f"{args.data}-{args.method}")
     patch = BACKBONES[args.backbone][0]["patch_size"]
-    own_size = p.get_default("size")                      # of the data set
-    if args.size == own_size and own_size % (2 * patch):  # DINOv2's patch of 14: 336 pixels for 320
-        args.size = math.ceil(own_size / (2 * patch)) * 2 * patch
-    if args.size != own_size:
-        args.crop, args.large, args.window = args.size // 2, 2 * args.size, args.size
+    own = [p.get_default(side) for side in ("size", "crop", "large", "window")]
+    args.size, args.crop, args.large, args.window = sides(args.size, own, patch)
     if args.size % 2 or args.crop % patch or args.size < 4 * patch:
         p.error(f"--size {args.size}: half of it must be a multiple of {args.backbone}'s patch, {patch}, "
                 f"and at least {2 * patch}")
@@ -201,6 +198,15 @@ BY_DATA_SET = {
     "folder": dict(root=None, classes=20, backbone="vits16", window=224, repeat=None,      # decision 32
                    epochs=10, batch=16, lr=5e-4, teacher_start=4, lambdas=[0.3, 1.0, 0.1, 1.0]),
 }
+
+
+def sides(size, own, patch):
+    """size, crop, large, window in pixels: the data set's `own`, or what follows from another --size."""
+    if size == own[0] and size % (2 * patch) == 0:
+        return own
+    if size == own[0]:                                    # not whole patches of DINOv2, 14: 336 for 320
+        size = math.ceil(size / (2 * patch)) * 2 * patch
+    return size, size // 2, 2 * size, size
 
 
 # ----------------------------------------------------------------------------
@@ -477,9 +483,8 @@ class Trainer:
         self.bf16 = use_bf16(args.precision, device)
         self.epoch = 0                                    # how many are done
         self.results = {}                                 # on val: scores of "cam", "last", "best" epoch
-        # cluster -> class: of a folder its own, which stays; else any until `score_val` has found it. There
-        # may be more clusters than classes, the background's name included
-        self.assignment = [n % len(source.names) for n in range(N)]
+        # cluster -> class: a folder's clusters are its classes; else `score_val` finds it after each epoch
+        self.assignment = list(range(N)) if args.data == "folder" else [0] * N
 
     def rates(self, epoch):
         """Table 1's row of this epoch, or DeepLabV3+'s rates in every epoch."""
@@ -621,7 +626,7 @@ def train(args, sources, vit, digest, state, device, trainer_class=Trainer):
     steps = len(images["train"]) * repeats(args, len(images["train"])) // args.batch      # of an epoch
     first = trainer.epoch * steps
     progress = Progress("step", args.epochs * steps - first)
-    log = open_log(Path(args.out), trainer.epoch)
+    log = Log(Path(args.out), trainer.epoch)
     kept = {}                                             # features of scored images, from epoch to epoch
     fastest = 0.0                                         # images per second of an epoch
     for epoch in range(trainer.epoch + 1, args.epochs + 1):           # Table 1 counts from 1
@@ -635,20 +640,18 @@ def train(args, sources, vit, digest, state, device, trainer_class=Trainer):
             waited, total = waited + seconds, total + list(losses.values())
             if RANK == 0:
                 progress(step + 1 - first)
-            record = {"epoch": epoch, "step": step + 1, **losses, "rates": list(trainer.rates(epoch)),
-                      "lr": args.lr}
-            if step + 1 < epoch * steps:
-                log.write(json.dumps(record) + "\n")
-        of_epoch = speed(args, device, steps, time.time() - begin, waited)
+            log.step({"epoch": epoch, "step": step + 1, **losses, "rates": list(trainer.rates(epoch)),
+                      "lr": args.lr})
+        record = {"epoch": epoch, "rates": list(trainer.rates(epoch)),
+                  **speed(args, device, steps, time.time() - begin, waited)}
         if labels is None:
-            of_epoch |= {"clusters": clusters_in_use(trainer, images["train"], epoch, kept)}
+            record["clusters"] = clusters_in_use(trainer, images["train"], epoch, kept)
         else:
             of_val, trainer.assignment = score_val(trainer, images["val"], labels, epoch, kept)
-            of_epoch |= of_val | trainer.results["cam"]
-        record |= of_epoch                                # the line of the epoch's last step has both
-        log.write(json.dumps(record) + "\n")
+            record |= of_val | trainer.results["cam"]
+        log.epoch(record)
         finish_epoch(trainer, record)
-        print0(epoch_line(args, record, dict(zip(losses, total / steps))))
+        print0(epoch_line(args, record, dict(zip(LOSSES, total / steps))))
         fastest = max(fastest, record["images_per_s"])
         if record["images_per_s"] < fastest / 2:
             print0(f"{fastest / record['images_per_s']:.0f} times slower than the fastest epoch: does other "
@@ -873,21 +876,38 @@ def finish_epoch(trainer, record):
     save_checkpoint(trainer, "last.pt")
 
 
-def open_log(out, epoch):
-    """log.jsonl of the first process, open for appending; lines after `epoch` will be written again."""
+class Log:
+    """log.jsonl of the first process: a line for each step; an epoch's last one has its scores, too.
+
+    So a line is written when the next step, or the epoch, is done. Of the file that is there the lines after
+    `epoch` go: they will be written again.
+    """
+
+    def __init__(self, out, epoch):
+        self.last = None                                  # record of the last step
+        self.file = open(os.devnull, "w")
+        if RANK == 0:
+            file = out / "log.jsonl"
+            lines = file.read_text(errors="replace").splitlines() if file.exists() else []
+            kept = "".join(line + "\n" for line in lines if self.epoch_of(line) <= epoch)
+            write_whole(file, lambda f: f.write(kept.encode()))
+            self.file = open(file, "a", buffering=1)      # each line goes to the disk at once
+
+    @staticmethod
     def epoch_of(line):
         try:
             return json.loads(line)["epoch"]
         except (ValueError, KeyError, TypeError):
             return math.inf                               # cut by a kill, or damaged
 
-    if RANK:
-        return open(os.devnull, "w")
-    file = out / "log.jsonl"
-    lines = file.read_text(errors="replace").splitlines() if file.exists() else []
-    kept = "".join(line + "\n" for line in lines if epoch_of(line) <= epoch)
-    write_whole(file, lambda f: f.write(kept.encode()))
-    return open(file, "a", buffering=1)                   # each line goes to the disk at once
+    def step(self, record):
+        if self.last is not None:
+            self.file.write(json.dumps(self.last) + "\n")
+        self.last = record
+
+    def epoch(self, record):
+        self.file.write(json.dumps(self.last | record) + "\n")
+        self.last = None
 
 
 def speed(args, device, steps, seconds, waited):

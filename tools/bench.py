@@ -220,9 +220,9 @@ def window_case():
     vit, image, scales = vits8(), torch.randn(1, 3, 640, 640), (0.6, 0.5)
     with torch.no_grad():                                 # the crops that window_features will make
         _, A, _ = cam.last_attention(vit, image)
-        boxes = cam.windows(80, 80, scales)
+        boxes = cam.windows(80, 80, 8, scales)
         kept, _ = cam.select_windows(cam.attended_patches(A, (80, 80))[0], boxes, 8)
-        crops = cam.crop_windows(image[0], boxes[kept], 8, 320)
+        crops = cam.crop_windows(image[0], boxes[kept], 320)
     forms = {"whole": torch.no_grad()(lambda: cam.last_attention(vit, image)[0]),
              "plain": torch.no_grad()(lambda: vit(crops)[0][:, 0]),
              "plain 640": torch.no_grad()(lambda: vit(image)[0][:, 0]),
@@ -472,7 +472,8 @@ def parse(argv=None):
     p.add_argument("--backbone", choices=BACKBONES, default="vits8",
                    help="of --stages and --whole (default: vits8)")
     args, args.options = p.parse_known_args(argv)
-    args.cases = [case for case in CASES if args.only.lower() in case.lower() and (args.only or case != LARGE)]
+    args.cases = [case for case in CASES
+                  if args.only.lower() in case.lower() and (args.only or case != LARGE)]
     if min(args.crops, args.processes) < 1:
         p.error("--crops, --processes: at least 1")
     if args.whole and Path(args.whole).exists():          # a run in it would only go on
