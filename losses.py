@@ -19,8 +19,8 @@ import torch.nn.functional as F
 THRESHOLD = 0.1                                           # of the background channel, TransFGU's
 VOID = 255                                                # label of pixels that do not count
 
-# alpha(t), the weight of L_CE's second term t = 0 .. 7 epochs after the teacher began to take part (TransFGU:
-# after it was last replaced); from then on the last one
+# alpha(t), the weight of L_CE's second term; t counts the epochs since the teacher began to take part, from 0
+# (TransFGU: since it was replaced); after 7 alpha stays
 ALPHA = (0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.09, 0.1)
 
 
