@@ -144,16 +144,31 @@ def doubt(logits):
     return (1 - (p1 - p2))[:, 0]
 
 
-def balanced_mean(ce_map, label, foreground, n_background=None, n_foreground=None):
-    """Mean of a map (B, H, W) over background and over foreground, each counting one half; void none.
+def groups_of(label, group):
+    """The group of each pixel's class: label (B, H, W), group (N,) int64 -> (B, H, W), where void is N."""
+    void = label == VOID
+    return group[label.long().masked_fill(void, 0)].masked_fill(void, len(group))
 
-    A half without a pixel counts 0. In training the numbers are of the whole batch, so that a crop without
-    background only adds nothing to the background's half.
+
+def pixels_of_groups(label, group):
+    """How many pixels each group has: (N,) int64, 0 for numbers that are no group."""
+    of_pixel = groups_of(label, group).flatten()
+    n_pixels = of_pixel.new_zeros(len(group) + 1)
+    return n_pixels.scatter_add_(0, of_pixel, torch.ones_like(of_pixel))[:-1]     # bincount makes a GPU wait
+
+
+def balanced_mean(ce_map, label, group, n_pixels=None):
+    """Mean of a map (B, H, W) over groups of classes, each of which counts the same; void none.
+
+    group      (N,) int64, the group of each class, a number from 0 to N - 1
+    n_pixels   (N,) pixels of each group; default: those of `label`. In training of the whole batch: a crop
+               without a group adds nothing to it. A group that the whole batch lacks does not count
     """
-    valid = label != VOID
-    of_background = mean_over(ce_map, valid & ~foreground, n_background)
-    of_foreground = mean_over(ce_map, valid & foreground, n_foreground)
-    return (of_background + of_foreground) / 2
+    n_pixels = pixels_of_groups(label, group) if n_pixels is None else n_pixels
+    n_groups = (n_pixels > 0).sum()
+    weights = 1 / (n_pixels.clamp(min=1) * n_groups.clamp(min=1))                 # (N,) of a pixel
+    weights = F.pad(weights, (0, 1))                      # (N + 1,): 0 for void
+    return (ce_map * weights[groups_of(label, group)]).sum()
 
 
 def similarity(class_embeddings):
@@ -173,27 +188,20 @@ def similarity(class_embeddings):
 # Eq. 6, for a micro-batch
 
 
-def foreground_of(label, is_thing):
-    """Pixels whose class is a thing: label (B, H, W), is_thing (N,) bool -> (B, H, W) bool, void False."""
-    void = label == VOID
-    return is_thing[label.long().masked_fill(void, 0)] & ~void
-
-
-def pixel_counts(label, confident, is_thing):
-    """What the means of Eq. 6 divide by: (4,) int64, to be added up over the micro-batches of a batch.
+def pixel_counts(label, confident, group):
+    """What the means of Eq. 6 divide by: (2 + N,) int64, to be added up over the micro-batches of a batch.
 
     label     (B, H, W)  int64
     confident (B, H, W)  bool
-    is_thing  (N,)       bool, the classes that are foreground in L_seg
-    returns   images (L_cls), background and foreground pixels (L_seg; together L_CE), confident pixels (L_un)
+    group     (N,)       int64, the groups of classes that count the same in L_seg
+    returns   images (L_cls), confident pixels (L_un), pixels of each group (L_seg; together L_CE)
     """
-    n_pixels = (label != VOID).sum()
-    n_foreground = foreground_of(label, is_thing).sum()
-    n_images = torch.full_like(n_pixels, len(label))
-    return torch.stack([n_images, n_pixels - n_foreground, n_foreground, confident.sum()])
+    n_confident = confident.sum()
+    n_images = torch.full_like(n_confident, len(label))
+    return torch.cat([n_images[None], n_confident[None], pixels_of_groups(label, group)])
 
 
-def dmsa_losses(logits, class_embeddings, label, confident, counts, is_thing, lambdas, background=True,
+def dmsa_losses(logits, class_embeddings, label, confident, counts, group, lambdas, background=True,
                 permutation=None, alpha=0.0):
     """Eq. 6 for a micro-batch. Returns {"seg", "ce", "un", "cls", "all"}, each ().
 
@@ -202,18 +210,17 @@ def dmsa_losses(logits, class_embeddings, label, confident, counts, is_thing, la
     label             (B, H, W)     integers in 0..N-1, or 255
     confident         (B, H, W)     bool, pixels that count in L_un: those in whose patch the CAM of some
                                     class exceeds the threshold, 0.1; without a background all
-    counts            (4,)          `pixel_counts` of the whole batch
-    is_thing          (N,)          bool, as for `pixel_counts`
+    counts            (2 + N,)      `pixel_counts` of the whole batch
+    group             (N,)          int64, as for `pixel_counts`
     lambdas           lambda_1 .. lambda_4
     background        channel 0 is background, and does not compete in L_un: its softmax goes over the others
     permutation, alpha              as for `permuted`
     """
-    n_images, n_background, n_foreground, n_confident = counts                    # as `pixel_counts` has them
-    foreground = foreground_of(label, is_thing)                                   # (B, H, W)
+    n_images, n_confident, n_pixels = counts[0], counts[1], counts[2:]            # as `pixel_counts` has them
     ce_map = cross_entropy(logits, label)                                         # (B, H, W)
-    seg = balanced_mean(ce_map, label, foreground, n_background, n_foreground)    # L_seg
+    seg = balanced_mean(ce_map, label, group, n_pixels)                           # L_seg
     ce_less_other = permuted(ce_map, logits, label, permutation, alpha)           # (B, H, W)
-    ce = mean_over(ce_less_other, label != VOID, n_background + n_foreground)     # L_CE
+    ce = mean_over(ce_less_other, label != VOID, n_pixels.sum())                  # L_CE
     un_map = doubt(logits[:, 1:] if background else logits)                       # (B, H, W)
     un = mean_over(un_map, confident, n_confident)                                # L_un
     cls = similarity(class_embeddings).sum() / n_images                           # L_cls
@@ -240,16 +247,17 @@ def cross_entropy_loss(logits, label, permutation=None, alpha=0.0):
     return mean_over(permuted(ce_map, logits, label, permutation, alpha), label != VOID)
 
 
-def segmentation_loss(logits, label, foreground=None):
-    """L_seg of Eq. 6: the mean CE over background and over foreground, of which each counts one half (AFA).
+def segmentation_loss(logits, label, group=None):
+    """L_seg of Eq. 6: the mean CE over groups of classes, each of which counts the same (decision 13).
 
     logits      (B, N, H, W)
     label       (B, H, W)     integers in 0..N-1; pixels of value 255 do not count
-    foreground  (B, H, W)     bool; default label != 0. Where there is stuff: the things (decision 13)
-    returns     ()            a half without a pixel counts 0, as in `balanced_mean` (AFA's is NaN)
+    group       (N,)          int64, the group of each class, a number from 0 to N - 1; torch.arange(N): each
+                              class by itself. Default: background and foreground, 0 1 1 .., as in AFA
+    returns     ()            groups without a pixel do not count (AFA's is NaN then)
     """
-    foreground = label != 0 if foreground is None else foreground
-    return balanced_mean(cross_entropy(logits, label), label, foreground)
+    group = (torch.arange(logits.shape[1], device=logits.device) > 0).long() if group is None else group
+    return balanced_mean(cross_entropy(logits, label), label, group)
 
 
 def uncertainty_loss(logits, confident):

@@ -304,13 +304,20 @@ def test_the_four_losses_are_those_of_the_textbook():
     ce = -p.gather(4, label[..., None, None])[..., 0, 0].log()
     pushed = -p.gather(4, permutation[label][..., None, None])[..., 0, 0].log()
     assert_close(losses.cross_entropy_loss(logits, label, permutation, 0.05), (ce - 0.05 * pushed).mean())
-    assert_close(losses.segmentation_loss(logits, label), (ce[label == 0].mean() + ce[label > 0].mean()) / 2)
-    void = torch.where(label == 3, 255, label)
-    assert_close(losses.segmentation_loss(logits, void),
-                 (ce[label == 0].mean() + ce[(label > 0) & (label < 3)].mean()) / 2)
-    for value in (0, 1):                                  # an empty half counts 0, and is not NaN
-        assert_close(losses.segmentation_loss(logits, torch.full_like(label, value)),
-                     F.cross_entropy(logits, torch.full_like(label, value)) / 2)
+    label[0, 0], foreground = torch.arange(3), torch.tensor([0, 1, 1, 1])
+    ce = -p.gather(4, label[..., None, None])[..., 0, 0].log()
+    by_class = torch.stack([ce[label == c].mean() for c in label.unique()]).mean()
+    assert_close(losses.segmentation_loss(logits, label, torch.arange(4)), by_class)
+    for group in (None, foreground):
+        assert_close(losses.segmentation_loss(logits, label, group),
+                     (ce[label == 0].mean() + ce[label > 0].mean()) / 2)
+    void = torch.where(label == 2, 255, label)
+    assert_close(losses.segmentation_loss(logits, void, foreground),
+                 (ce[label == 0].mean() + ce[(label > 0) & (label != 2)].mean()) / 2)
+    for value in (0, 1):                                  # what does not occur does not count, and is not NaN
+        for group in (torch.arange(4), foreground):
+            assert_close(losses.segmentation_loss(logits, torch.full_like(label, value), group),
+                         F.cross_entropy(logits, torch.full_like(label, value)))
 
     best = torch.tensor([[0.5, 0.2, 0.3], [0.9, 0.1, 0.0], [0.4, 0.4, 0.2]]).T.reshape(1, 3, 1, 3)
     doubt = lambda pixels: losses.uncertainty_loss((best + 1e-9).log(), torch.tensor([[pixels]])).item()
@@ -372,12 +379,13 @@ def test_losses_and_counts_leave_out_255_and_take_any_integers():
     for loss in (losses.cross_entropy_loss, losses.segmentation_loss,
                  lambda x, y: losses.cross_entropy_loss(x, y, permutation, 0.1)):
         torch.testing.assert_close(loss(logits, marked), loss(*kept))
-    for is_thing in (torch.tensor([True, False, True]), torch.tensor([False, True, True])):
-        counts = losses.pixel_counts(marked.long(), label > 0, is_thing)
-        assert counts[1:3].tolist() == losses.pixel_counts(kept[1], kept[1] > 0, is_thing)[1:3].tolist()
+    for group in (torch.arange(3), torch.tensor([1, 0, 1])):
+        counts = losses.pixel_counts(marked.long(), label > 0, group)
+        assert counts[:2].tolist() == [2, (label > 0).sum()]
+        assert counts[2:].tolist() == [(group[kept[1]] == g).sum() for g in range(3)]
     marked[:], confident = 255, label < 0                 # no pixel counts: 0, not NaN
-    counts = losses.pixel_counts(marked.long(), confident, is_thing)
-    found = losses.dmsa_losses(logits, randn(2, 3, 4), marked, confident, counts, is_thing, (1, 1, 1, 0))
+    counts = losses.pixel_counts(marked.long(), confident, group)
+    found = losses.dmsa_losses(logits, randn(2, 3, 4), marked, confident, counts, group, (1, 1, 1, 0))
     assert found["all"] == 0
 
 
@@ -385,7 +393,7 @@ def test_what_broadcasting_would_hide_is_refused_by_name():
     logits, label, image = randn(2, 3, 4, 5), torch.zeros(2, 4, 5, dtype=torch.long), torch.rand(2, 3, 8, 8)
     vit = small_vit()
     cases = {"label (2, 1, 4, 5)": lambda: losses.cross_entropy_loss(logits, label[:, None]),
-             "pixels (2, 2, 4, 5)": lambda: losses.segmentation_loss(logits, label, label[:, None] > 0),
+             "label (2, 2, 4, 5)": lambda: losses.segmentation_loss(logits, torch.stack([label, label], 1)),
              "pixels (2, 1, 4, 5)": lambda: losses.uncertainty_loss(logits, label[:, None] > 0),
              "two classes at least": lambda: losses.uncertainty_loss(logits[:, :1], label > 0),
              "at least two classes": lambda: losses.class_loss(torch.ones(2, 1, 4)),
@@ -442,13 +450,13 @@ def test_network_and_par_export_with_a_dynamic_batch():
 
 
 def test_the_parts_of_a_training_step_compile_without_a_break_and_give_the_same():
-    network, draws, is_thing = model.DMSA(small_vit(depth=1), 4), data.draw(0, 1, [0, 1]), torch.arange(4) > 0
+    network, draws, group = model.DMSA(small_vit(depth=1), 4), data.draw(0, 1, [0, 1]), torch.arange(4)
 
     def step(image, label):
         seen = model.normalise(data.augment(data.crop(image, draws, 32), draws))
         logits, c = network.decode(network.student, network.features(seen), (1, 1, 2, 3))
-        counts = losses.pixel_counts(label, label > 1, is_thing)
-        return losses.dmsa_losses(logits, c, label, label > 1, counts, is_thing, (0.3, 1.0, 0.3, 1.0))["all"]
+        counts = losses.pixel_counts(label, label > 1, group)
+        return losses.dmsa_losses(logits, c, label, label > 1, counts, group, (0.3, 1.0, 0.3, 1.0))["all"]
 
     image, label, masks = torch.rand(2, 3, 64, 64), torch.randint(0, 4, (2, 4, 4)), torch.rand(2, 4, 8, 8)
     for form, inputs in ((step, (image, label)), (par.PAR((1, 2)), (image, masks))):
@@ -477,13 +485,15 @@ def test_a_run_that_shall_compile_without_a_compiler_is_refused_before_it_begins
     assert not list(tmp_path.glob("run/*"))
 
 
-def test_losses_of_the_micro_batches_of_a_batch_add_up_to_those_of_the_whole():
+@pytest.mark.parametrize("group", [[0, 1, 2, 3], [0, 1, 1, 1]])
+def test_losses_of_the_micro_batches_of_a_batch_add_up_to_those_of_the_whole(group):
     label = torch.randint(0, 4, (6, 5, 5), generator=torch.Generator().manual_seed(0))
     label[:2] = 0                                         # very different shares of foreground
-    foreground, thing = label > 1, torch.tensor([False, True, True, True])
+    label[4:] = label[4:].clamp(max=2)                    # a class that one micro-batch alone has
+    foreground, group = label > 1, torch.tensor(group)
     logits, embeddings = randn(6, 4, 5, 5).requires_grad_(), randn(6, 4, 8).requires_grad_()
-    counts = losses.pixel_counts(label, foreground, thing)
-    run = lambda s: losses.dmsa_losses(logits[s], embeddings[s], label[s], foreground[s], counts, thing,
+    counts = sum(losses.pixel_counts(label[s], foreground[s], group) for s in (slice(0, 2), slice(2, 6)))
+    run = lambda s: losses.dmsa_losses(logits[s], embeddings[s], label[s], foreground[s], counts, group,
                                        (0.3, 1, 0.3, 1), True, torch.tensor([1, 2, 3, 0]), 0.05)
     whole = run(slice(0, 6))
     gradient = torch.autograd.grad(whole["all"], (logits, embeddings))
@@ -492,7 +502,7 @@ def test_losses_of_the_micro_batches_of_a_batch_add_up_to_those_of_the_whole():
         assert_close(sum(p[name] for p in pieces), whole[name])
     for a, b in zip(torch.autograd.grad(sum(p["all"] for p in pieces), (logits, embeddings)), gradient):
         assert_close(a, b)
-    assert_close(whole["seg"], losses.segmentation_loss(logits, label))
+    assert_close(whole["seg"], losses.segmentation_loss(logits, label, group))
     assert_close(whole["un"], losses.uncertainty_loss(logits[:, 1:], foreground))
     assert_close(whole["all"], 0.3 * whole["seg"] + whole["ce"] + 0.3 * whole["un"] + whole["cls"])
 
@@ -2549,17 +2559,18 @@ def with_registers():
     (1, (1, 1, 2, 3), (), data.Shapes, small_vit), (4, (1, 1, 3, 5), (), data.Shapes, small_vit),
     (8, (1, 3, 6, 9), (), data.Shapes, with_registers), (10, (1, 6, 12, 18), (), Stuff, small_vit),
     (2, (1, 1, 3, 5), ("--coarse", "soft"), Stuff, with_registers),
-    (5, None, ("--aspp", "none"), Stuff, small_vit),
+    (5, None, ("--aspp", "none", "--balance", "classes"), Stuff, small_vit),
     (8, (1, 6, 12, 18), ("--aspp", "static", "--par"), data.Shapes, small_vit),
     (1, (1, 1, 2, 3), ("--par",), data.Shapes, small_vit),
     (7, (1, 1, 2, 3), ("--aspp-scale", "0.7", "--threshold", "0.3", "--teacher-weight", "0.2", "--lambdas",
-                       "1", "0.5", "2", "0.3", "--lr", "0.01", "--momentum", "0.5", "--par", "1", "3"),
+                       "1", "0.5", "2", "0.3", "--lr", "0.01", "--momentum", "0.5", "--par", "1", "3",
+                       "--balance", "classes"),
      data.Shapes, small_vit)])
 def test_a_step_is_fig_2_from_crop_to_teacher(epoch, rates, args, source, vit):
     """Every stage written out here, from the textbook; two micro-batches, which make one batch."""
     trainer = trainer_of("--teacher-start", "2", *args, source=source, vit=vit())
     settings, network, background = trainer.args, trainer.network, trainer.source.background
-    N, patch, crop = len(trainer.is_thing), 8, 32
+    N, patch, crop = len(trainer.group), 8, 32
     batches = [micro_batch(trainer, range(2)), micro_batch(trainer, range(2, 5), seed=1)]
     reference = copy.deepcopy(network)
     teaches = epoch > 2
@@ -2625,7 +2636,10 @@ def test_a_step_is_fig_2_from_crop_to_teacher(epoch, rates, args, source, vit):
     ce = F.cross_entropy(logits, label, reduction="none")
     thing = (label > 0) if background else (label < 2)
     assert 0 < thing.float().mean() < 1 and (sure.all() or 0 < sure.float().mean() < 1)
-    seg = (ce[thing].mean() + ce[~thing].mean()) / 2
+    if settings.balance == "foreground":
+        seg = (ce[thing].mean() + ce[~thing].mean()) / 2
+    else:
+        seg = torch.stack([ce[label == c].mean() for c in label.unique()]).mean()
     second = 0
     if teaches:
         permutation = torch.from_numpy(np.random.default_rng((settings.seed, epoch, step)).permutation(N))
@@ -3740,11 +3754,11 @@ def everything(device):
               "CAM": cam.class_activation_maps(vit, seen, randn(5, 128).to(device)),
               "PAR 160": par.PAR()(larger(160), masks),
               "PAR 1024": par.PAR((1, 2, 4, 8), 3)(larger(1024)[:1], masks[:1])}
-    label, is_thing = torch.from_numpy(labels).long().to(device), torch.arange(6, device=device) > 2
+    label, group = torch.from_numpy(labels).long().to(device), torch.arange(6, device=device)
     label[:, :9] = 255
-    counts, permutation = losses.pixel_counts(label, label < 3, is_thing), torch.arange(6).roll(1).to(device)
+    counts, permutation = losses.pixel_counts(label, label < 3, group), torch.arange(6).roll(1).to(device)
     large = F.interpolate(logits.float(), size=label.shape[1:], mode="bilinear")
-    values = losses.dmsa_losses(large, c.float(), label, label < 3, counts, is_thing, (0.3, 1, 0.3, 1), True,
+    values = losses.dmsa_losses(large, c.float(), label, label < 3, counts, group, (0.3, 1, 0.3, 1), True,
                                 permutation, 0.1)
     for name, loss in values.items():
         gradient = torch.autograd.grad(loss, params, retain_graph=True, materialize_grads=True)
@@ -4263,7 +4277,7 @@ def test_golden_training_step(z, c, monkeypatch):
     drawn = SimpleNamespace(permutation=lambda n: z["perm"].argsort())
     monkeypatch.setattr(np.random, "default_rng", lambda seed: drawn)
     values = trainer.train_step([train.Target(features, label, confident)],
-                                losses.pixel_counts(label, confident, trainer.is_thing),
+                                losses.pixel_counts(label, confident, trainer.group),
                                 args.teacher_start + 1 + c["epoch"], 0)
     near([values[k] for k in ("ce", "un", "cls", "all")],
          [z[k] for k in ("loss_cat", "loss_uncertainty", "loss_cls_emb", "total")], 1e-5)
@@ -4399,6 +4413,7 @@ OF_A_RUN = {
     "--teacher-start": [("--teacher-start 0", "", LABEL), ("--teacher-start 2", "", "taught")],
     "--teacher-weight": [("--teacher-weight 0.95", "", "taught")],
     "--momentum": [("--momentum 0.1", "", "teacher taught")],
+    "--balance": [("--balance classes", "", "seg all " + LATER), ("--balance foreground", "", "")],
     "--lambdas": [(f"--lambdas {lambdas}", "", "all " + LATER)
                   for lambdas in ("2 1 0.1 1", "0.3 2 0.1 1", "0.3 1 1 1", "0.3 1 0.1 3")],
     "--epochs": [("--epochs 3", "", "steps")],

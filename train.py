@@ -133,6 +133,9 @@ def parse(argv=None, *parsers, **settings):
         help="share of the teacher in the pseudo label (%(default)s; decision 11)")
     p.add_argument("--momentum", type=zero_to_one, default=0.99, metavar="M",
         help="of the moving average (%(default)s; decision 17)")
+    p.add_argument("--balance", choices=("foreground", "classes"), default="foreground",
+        help="what counts the same in L_seg: background and foreground, as in AFA, or each class "
+             "(%(default)s; decision 13)")
     p.add_argument("--lambdas", type=factor, nargs=4, default=[0.3, 1.0, 0.3, 1.0],
         metavar=("SEG", "CE", "UN", "CLS"), help="weights of Eq. 6 (%(default)s; decision 16)")
     p.set_defaults(method="dmsa")
@@ -196,7 +199,8 @@ BY_DATA_SET = {
     "cocostuff27": dict(scales=cam.SCENE_SCALES, repeat=1, epochs=200, batch=256,
                         lambdas=[0.1, 1.0, 0.3, 1.0], teacher_start=2, teacher_weight=0.5),
     "folder": dict(root=None, classes=20, backbone="vits16", window=224, repeat=None,      # decision 32
-                   epochs=10, batch=16, lr=5e-4, teacher_start=4, lambdas=[0.3, 1.0, 0.1, 1.0]),
+                   epochs=10, batch=16, lr=5e-4, teacher_start=4, balance="classes",
+                   lambdas=[0.3, 1.0, 0.1, 1.0]),
 }
 
 
@@ -476,10 +480,11 @@ class Trainer:
             {"params": [p for p in self.params if p.ndim > 1], "weight_decay": 5e-4},
             {"params": [p for p in self.params if p.ndim <= 1], "weight_decay": 0.0}], lr=args.lr)
         self.par = PAR(tuple(args.par), compile=args.compile) if args.par else None
-        # The N channels are the background, if there is one, and the clusters of things, then of stuff.
-        # Things are L_seg's foreground (decision 13).
+        # The N channels are the background, if there is one, and the clusters of things, then of stuff. What
+        # counts the same in L_seg: things and all others, as in AFA, or each class (decision 13)
         things = range(source.background, source.background + source.things)
-        self.is_thing = torch.tensor([n in things for n in range(N)], device=device)      # (N,)
+        group = list(range(N)) if args.balance == "classes" else [int(n in things) for n in range(N)]
+        self.group = torch.tensor(group, device=device)   # (N,)
         self.bf16 = use_bf16(args.precision, device)
         self.epoch = 0                                    # how many are done
         self.results = {}                                 # on val: scores of "cam", "last", "best" epoch
@@ -502,7 +507,7 @@ class Trainer:
     def pseudo_labels(self, micro_batches, epoch):
         """Fig. 2, top: CAM and teacher, fused, refined by PAR; in the first epochs (`teacher_age`) CAM alone.
 
-        Returns a Target for each MicroBatch, and their pixel counts (4,), to be added up over all processes.
+        Returns a Target for each MicroBatch, and their `pixel_counts`, to be added up over all processes.
         """
         args, network, background = self.args, self.network, self.source.background
         H = args.crop                                     # pixels of a side of a crop (VOC: 160),
@@ -529,12 +534,12 @@ class Trainer:
             confident = confident_patches(cams, background, args.threshold)       # (b, h, h)
             confident = F.interpolate(confident[:, None].float(), (H, H), mode="nearest")[:, 0].bool()
             targets.append(Target(features, refined.argmax(1), confident))
-        return targets, sum(pixel_counts(t.label, t.confident, self.is_thing) for t in targets)
+        return targets, sum(pixel_counts(t.label, t.confident, self.group) for t in targets)
 
     def train_step(self, targets, counts, epoch, step):
         """Fig. 2, bottom: the losses of the targets, their gradients summed over all processes, one step.
 
-        counts   (4,) of the whole batch: with them the losses of its micro-batches add up to the batch's
+        counts   of the whole batch: with them the losses of its micro-batches add up to the batch's
                  (losses.py), so that cutting it differently changes nothing
         step     steps before this one, from 0
         returns  {"seg", "ce", "un", "cls", "all"} of the batch
@@ -546,7 +551,7 @@ class Trainer:
         permutation, alpha, age = None, 0.0, self.teacher_age(epoch)
         if age is not None:                               # one for the whole batch, the same on every process
             rng = np.random.default_rng((args.seed, epoch, step))
-            permutation = torch.tensor(rng.permutation(len(self.is_thing))).to(self.device, non_blocking=True)
+            permutation = torch.tensor(rng.permutation(len(self.group))).to(self.device, non_blocking=True)
             alpha = permutation_weight(age)
 
         self.optimizer.zero_grad()
@@ -556,7 +561,7 @@ class Trainer:
                 logits, class_embeddings = network.decode(network.student, target.features, self.rates(epoch))
             logits = enlarged(logits.float(), target.label.shape[1:])             # (b, N, H, W)
             loss = dmsa_losses(logits, class_embeddings.float(), target.label, target.confident, counts,
-                               self.is_thing, args.lambdas, self.source.background, permutation, alpha)
+                               self.group, args.lambdas, self.source.background, permutation, alpha)
             loss["all"].backward()
             of_micro_batches.append(torch.stack([loss[name].detach() for name in LOSSES]))
 

@@ -182,7 +182,7 @@ def step_case():
         for block in head.decoder.blocks:
             block.attn.forward = (
                 lambda x, angles=None, attn=block.attn: textbook_attention(attn, x, DROPOUT)[0])
-    things = torch.arange(21) >= 1
+    classes = torch.arange(21)
     permutation = torch.randperm(21)
     optimizer = torch.optim.Adam(plain.student.parameters(), lr=1e-4, weight_decay=5e-4)
 
@@ -196,9 +196,9 @@ def step_case():
             confident = losses.confident_patches(cams)
             tokens = textbook_vit(vit, image)[0][:, 1:]                           # again, of the student's
         logits, embeddings = plain.student.decoder(tokens)
-        counts = losses.pixel_counts(label, confident, things)
-        loss = losses.dmsa_losses(logits.unflatten(2, (20, 20)), embeddings, label, confident, counts, things,
-                                  (0.0, 1.0, 0.3, 1.0), True, permutation, 0.1)
+        counts = losses.pixel_counts(label, confident, classes)
+        loss = losses.dmsa_losses(logits.unflatten(2, (20, 20)), embeddings, label, confident, counts,
+                                  classes, (0.0, 1.0, 0.3, 1.0), True, permutation, 0.1)
         optimizer.zero_grad()
         loss["all"].backward()
         for p in plain.student.parameters():

@@ -85,7 +85,7 @@ class TransFGU(train.Trainer):
             masks = pseudo_masks(cams, teacher_logits, args.teacher_weight, background, args.threshold)
             confident = confident_patches(cams, background, args.threshold)       # (b, h, w)
             targets.append(train.Target(features, masks.argmax(1), confident))
-        return targets, sum(pixel_counts(t.label, t.confident, self.is_thing) for t in targets)
+        return targets, sum(pixel_counts(t.label, t.confident, self.group) for t in targets)
 
     def train_step(self, targets, counts, epoch, step):
         """Trainer.train_step; each process and step has its own dropout, also in a run that goes on."""
@@ -118,7 +118,7 @@ def parse(argv=None):
     released = p.parse_known_args(argv)[0].released
     defaults = train.parse(argv, p)
     fixed = dict(aspp="none", par=[], teacher="reset")
-    settings = dict(method="released", intervals=INTERVALS[defaults.data])
+    settings = dict(method="released", intervals=INTERVALS[defaults.data], balance="foreground")
     if not released:                                      # without L_seg
         settings |= dict(method="transfgu", teacher_weight=0.5, lambdas=[0.0, *defaults.lambdas[1:]])
     args = train.parse(argv, p, **fixed, **settings)
