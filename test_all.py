@@ -4819,7 +4819,7 @@ def test_every_option_that_readme_and_docs_name_exists_and_helps_defaults_are_th
              if "__main__" in file.read_text()]
     mains = [getattr(tool, "parse", None) or tool.main for tool in tools]
     texts = [help_of(start) for start in (train.parse, evaluation.parse, *mains)]
-    texts += [help_of(show.parse, what) for what in ("explain", "compare", "clusters")]
+    texts += [help_of(show.parse, what) for what in ("explain", "compare", "pairs", "clusters")]
     known = set(re.findall(r"--[a-z][a-z-]+", "".join(texts)))
     torchrun = {"--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--master_port"}
     for text in (*DOCS.values(), README):
