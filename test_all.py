@@ -470,10 +470,12 @@ def test_par_compiled_gives_the_same_and_is_two_functions_without_a_break(tmp_pa
     image, masks = torch.rand(2, 3, 16, 12), torch.rand(2, 3, 4, 3)
     compiled = par.PAR((1,), compile=True)
     torch.testing.assert_close(compiled(image, masks), par.PAR((1,))(image, masks), rtol=1e-4, atol=1e-5)
-    seen = []
-    monkeypatch.setattr(torch, "compile", lambda function, fullgraph: seen.append((function, fullgraph)))
-    par.PAR((1,), compile=True)
+    seen, ran = [], []
+    monkeypatch.setattr(torch, "compile", lambda function, fullgraph: seen.append((function, fullgraph)) or (
+        lambda *args: ran.append(function) or function(*args)))
+    par.PAR((1,), 3, compile=True)(image, masks)
     assert seen == [(par.affinity, True), (par.average, True)]
+    assert ran == [par.affinity, *[par.average] * 3]
 
 
 def test_a_run_that_shall_compile_without_a_compiler_is_refused_before_it_begins(tmp_path, monkeypatch):
@@ -3422,6 +3424,13 @@ def test_the_ablation_trains_its_rows_and_compares_them_seed_by_seed(tmp_path):
     assert [line.split(" | ")[4] for line in table[-3:]] == [f"{miou:.2f}" for miou in first]
     assert before == [(tmp_path / f"shapes-{row}-0" / "curves.png").stat().st_mtime_ns for row in rows]
     ends(2, "--momentum 0.97, now 0.9", *go, "2", "--momentum", "0.9")
+
+
+def test_each_class_counts_the_same_in_l_seg_of_a_folder_and_foreground_and_background_elsewhere():
+    balance = {name: options("--data", name, "--root", "x").balance for name in train.BY_DATA_SET}
+    assert balance.pop("folder") == "classes" and set(balance.values()) == {"foreground"}
+    groups = [trainer_of("--balance", by, source=Stuff).group.tolist() for by in ("classes", "foreground")]
+    assert groups == [[0, 1, 2, 3, 4, 5], [1, 1, 0, 0, 0, 0]]                     # two things, four of stuff
 
 
 def test_each_row_of_the_ablation_leaves_out_what_its_marks_say():
