@@ -30,8 +30,7 @@ DEEPLAB_RATES = TABLE_1[0]
 def dilation_rates(epoch):
     """Four dilation rates, in patches, for `epoch` (Table 1: k = epoch mod 10).
 
-    epoch    int >= 1; the first epoch is 1 (decision 4). A checkpoint is evaluated at the
-             rates of its own epoch
+    epoch    int >= 1; the first epoch is 1 (decision 4). A checkpoint is evaluated at its own epoch's rates
     returns  (1, r1, r2, r3)
     raises   ValueError if epoch < 1
     """

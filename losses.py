@@ -118,6 +118,12 @@ def cross_entropy(logits, label):
     return F.cross_entropy(full(logits), label.long(), ignore_index=VOID, reduction="none")
 
 
+def look_up(numbers, label, of_void):
+    """numbers[label], of void `of_void`: numbers (N,) int64, label (B, H, W) -> (B, H, W) int64."""
+    void = label == VOID
+    return numbers[label.long().masked_fill(void, 0)].masked_fill(void, of_void)
+
+
 def permuted(ce_map, logits, label, permutation, alpha):
     """L_CE of each pixel: CE(logits, label) - alpha * CE(logits, permutation[label]), (B, H, W); void 0.
 
@@ -129,8 +135,7 @@ def permuted(ce_map, logits, label, permutation, alpha):
     """
     if permutation is None:
         return ce_map
-    void = label == VOID
-    other_class = permutation[label.long().masked_fill(void, 0)].masked_fill(void, VOID)          # (B, H, W)
+    other_class = look_up(permutation, label, VOID)                               # (B, H, W)
     return ce_map - alpha * cross_entropy(logits, other_class)
 
 
@@ -144,15 +149,9 @@ def doubt(logits):
     return (1 - (p1 - p2))[:, 0]
 
 
-def groups_of(label, group):
-    """The group of each pixel's class: label (B, H, W), group (N,) int64 -> (B, H, W), where void is N."""
-    void = label == VOID
-    return group[label.long().masked_fill(void, 0)].masked_fill(void, len(group))
-
-
 def pixels_of_groups(label, group):
     """How many pixels each group has: (N,) int64, 0 for numbers that are no group."""
-    of_pixel = groups_of(label, group).flatten()
+    of_pixel = look_up(group, label, len(group)).flatten()                        # N: void
     n_pixels = of_pixel.new_zeros(len(group) + 1)
     return n_pixels.scatter_add_(0, of_pixel, torch.ones_like(of_pixel))[:-1]     # bincount makes a GPU wait
 
@@ -168,7 +167,7 @@ def balanced_mean(ce_map, label, group, n_pixels=None):
     n_groups = (n_pixels > 0).sum()
     weights = 1 / (n_pixels.clamp(min=1) * n_groups.clamp(min=1))                 # (N,) of a pixel
     weights = F.pad(weights, (0, 1))                      # (N + 1,): 0 for void
-    return (ce_map * weights[groups_of(label, group)]).sum()
+    return (ce_map * weights[look_up(group, label, len(group))]).sum()
 
 
 def similarity(class_embeddings):

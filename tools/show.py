@@ -87,9 +87,9 @@ def compare(args):
 def pairs(args):
     """pairs.png: of the class that is most lost beside another one on val, images with both and without."""
     checkpoint = open_run(args.run)
-    source, names = open_split(checkpoint), checkpoint["names"]
     if checkpoint["args"]["data"] == "folder":
         raise data.UserError(f"{args.run}: a run on a folder has no labels; pairs needs those of a data set")
+    source, names = open_split(checkpoint), checkpoint["names"]
     network, size = restore(checkpoint, args.device), checkpoint["args"]["size"]
     chosen, masks = masks_of(network, checkpoint, source)                         # (n,), (n, S, S)
     labels = np.stack([data.squash(source.label(i), size, "nearest") for i in chosen])
