@@ -4,7 +4,7 @@
 multi-head self-attention (msa): x + msa + 0.1 aspp(msa), decision 30. The dilation rates change with the
 epoch, the weights stay.
 
-    TABLE_1 -> dilation_rates() -> Branch -> class ASPP -> output_size() (Eq. 1) -> main()
+    TABLE_1 -> dilation_rates(), output_size() (Eq. 1) -> Branch -> class ASPP -> main()
 
 Needs torch only (the picture of `python aspp.py` needs pillow): copy this file anywhere. "Decision N" is row
 N of docs/decisions.md in the DMSA repository, which says what was chosen where the paper is silent.
@@ -39,6 +39,17 @@ def dilation_rates(epoch):
     return TABLE_1[epoch % 10]
 
 
+def output_size(m, kernel=3, rate=1, padding=0, stride=1):
+    """Eq. 1: M = (m + 2p - k') / s + 1, with the effective kernel k' = k + (k - 1)(r - 1).
+
+    m and the result are the side of the feature map, before and after, in patches.
+    The paper rounds the quotient up; every convolution library rounds it down (decision 5). At stride 1
+    nothing is rounded, and padding p = r gives M = m for a 3x3 kernel at every rate: `main` prints it.
+    """
+    effective = kernel + (kernel - 1) * (rate - 1)
+    return (m + 2 * padding - effective) // stride + 1
+
+
 # ----------------------------------------------------------------------------
 # The module: five branches, concatenated and projected, as in DeepLabV3+
 
@@ -61,7 +72,7 @@ class Branch(nn.Module):
 
     def forward(self, x, rate=1):
         """x (B, D, h, w) -> (B, width, h, w); `rate` is the dilation of the 3x3 kernel, in patches."""
-        if self.depthwise is not None:  # the weight stays, the rate changes; Eq. 1: p = r, M = m
+        if self.depthwise is not None:  # the weight stays, the rate changes; Eq. 1 with p = r: M = m
             x = F.conv2d(x, self.depthwise.weight, padding=rate, dilation=rate, groups=x.shape[1])
         return F.relu(self.norm(self.pointwise(x)))
 
@@ -118,18 +129,7 @@ class ASPP(nn.Module):
 
 
 # ----------------------------------------------------------------------------
-# Eq. 1 in numbers, and the dilation rates in one picture
-
-
-def output_size(m, kernel=3, rate=1, padding=0, stride=1):
-    """Eq. 1: M = (m + 2p - k') / s + 1, with the effective kernel k' = k + (k - 1)(r - 1).
-
-    m and the result are the side of the feature map, before and after, in patches.
-    The paper rounds the quotient up; every convolution library rounds it down (decision 5). At stride 1
-    nothing is rounded, and padding p = r gives M = m for a 3x3 kernel at every rate: `main` prints it.
-    """
-    effective = kernel + (kernel - 1) * (rate - 1)
-    return (m + 2 * padding - effective) // stride + 1
+# The dilation rates in one picture, and Eq. 1 in numbers
 
 
 def main():

@@ -3,14 +3,16 @@
     image --attention of CLS--> foreground --windows--> CLS features --k-means over all images--> K centroids
     image, K centroids --gradient of cos(CLS, centroid) in the last attention--> K maps (B, K, h, w)
 
-    last_attention() -> windows(), window_features() -> cluster() -> class_activation_maps() (Eq. 5) -> main()
+    last_attention() -> windows(), window_features() -> cluster() -> class_activation_maps() (Eq. 5), then
+    min_max()
 
 "The method borrowed from TransFGU" (DMSA Sec. 4.1). Nothing here is trained and no label is used.
 "Decision N" is row N of docs/decisions.md in the DMSA repository, which says what was chosen where the paper
 is silent.
 
-Needs torch, numpy and scipy (the picture of `python cam.py` needs pillow): copy this file anywhere.
-The ViT is an argument: model.py's, or one of timm or HuggingFace, see the end of this file. It has to have:
+Needs torch, numpy and scipy 1.15 or later (the picture of `python cam.py` needs pillow): copy this file
+anywhere. The ViT is an argument: model.py's, or one of timm or HuggingFace, see the end of this file. It has
+to have:
 
     last_qkv(image)     the n tokens that enter its last block (B, n, D), CLS first and patches last, and the
                         q, k, v of that block's attention (B, heads, n, d); D = heads * d
@@ -81,22 +83,24 @@ def patch_grid(vit, image):
 # Windows on the foreground, and their features
 
 
-def window_centres(n, s):
-    """Patches that are centres of windows of side s along a row of n patches, 0 < s < n (TransFGU).
+def spans(n, s, patch):
+    """Windows of side s along an axis of n patches, 0 < s < n (TransFGU): a list of (start, end) in pixels.
 
         0 1 2 3 4 5 6 7    n = 8        0 1 2 3 4 5 6 7    n = 8
         [ - 2 - ]          s = 4            [ 3 ]          s = 3
             [ - 4 - ]                             [ 6 ]
               [ - 5 - ]
 
-    A window reaches s // 2 patches from its centre to all sides: it has s patches where s is odd, but s + 1
+    A window reaches s // 2 patches from its centre to both sides: it has s patches where s is odd, but s + 1
     where s is even. Even s: half a side apart, and one more that ends at the far border. Odd s: a side apart,
-    from s on, so that the first patches are in no window.
+    from s on, so that the first patches are in no window. TransFGU leaves out each window's last pixel.
     """
     reach = s // 2
     if s % 2:
-        return list(range(s, n - reach, s))
-    return sorted({*range(reach, n - reach, reach), n - 1 - reach})
+        centres = range(s, n - reach, s)
+    else:
+        centres = sorted({*range(reach, n - reach, reach), n - 1 - reach})
+    return [((centre - reach) * patch, (centre + reach + 1) * patch - 1) for centre in centres]
 
 
 def windows(h, w, patch, scales=THING_SCALES):
@@ -108,16 +112,12 @@ def windows(h, w, patch, scales=THING_SCALES):
 
     On 20 x 20, 40 x 40 and 80 x 80 there are 70 windows for VOC's scales, 142 for COCO's.
     """
-    boxes = []
-    for scale in scales:
-        s = int(min(h, w) * scale)
-        reach = s // 2
-        if 0 < s < min(h, w):
-            boxes += [(x - reach, y - reach, x + reach + 1, y + reach + 1)        # in patches
-                      for y in window_centres(h, s) for x in window_centres(w, s)]
+    sides = [int(min(h, w) * scale) for scale in scales]                          # in patches
+    boxes = [(x0, y0, x1, y1) for s in sides if 0 < s < min(h, w)
+             for y0, y1 in spans(h, s, patch) for x0, x1 in spans(w, s, patch)]
     if not boxes:
         raise ValueError(f"no window of scales {tuple(scales)} fits a grid of {h} x {w} patches")
-    return np.array(boxes) * patch - (0, 0, 1, 1)         # TransFGU leaves out the last row and column
+    return np.array(boxes)
 
 
 def attended_patches(A, grid):
@@ -252,6 +252,12 @@ def class_activation_maps(vit, image, centroids):
     attention = A[:, :, patches].mean(1, keepdim=True)                            # (B, 1, hw)
     maps = attention / attention.amax(2, keepdim=True) + evidence                 # (B, K, hw)
     return (maps * (alpha >= 0)).unflatten(2, (h, w))
+
+
+def min_max(cam):
+    """Per image over all K maps: (B, K, h, w) of any scale -> [0, 1]. Constant maps become 0, not NaN."""
+    low, high = cam.amin((1, 2, 3), keepdim=True), cam.amax((1, 2, 3), keepdim=True)
+    return (cam - low) / (high - low).clamp(min=torch.finfo(cam.dtype).tiny)
 
 
 # ----------------------------------------------------------------------------

@@ -248,7 +248,7 @@ def remove_temporary(folder, age=600):
 
     Younger ones may be those of a process that is writing there now.
     """
-    for file in Path(folder).glob(f"*{TEMPORARY}"):
+    for file in Path(folder).glob(f"*.{'[0-9a-f]' * 8}{TEMPORARY}"):      # `write_whole`'s names
         with contextlib.suppress(OSError):                # another process removed it first
             if file.stat().st_mtime <= time.time() - age:
                 file.unlink()
@@ -566,7 +566,8 @@ class Dataset:
     things, stuff          how many clusters k-means looks for, among the windows of each
     background             whether class 0 is background, which is no cluster
     upright                whether images are turned as their EXIF says
-    table, n_values, colours, gaps    class of each value in the label files; for the others see `open_label`
+    table                  class of each value in the label files
+    n_values, colours, gaps    of these files: arguments of `open_label`
     command                that gets the data set; with --check it names every file that is bad
     """
     stuff, background, upright, command = 0, True, False, "python tools/get_data.py"

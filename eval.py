@@ -35,7 +35,7 @@ from data import UserError
 from model import BACKBONES, DMSA, VisionTransformer, WeightsError, load_vit, normalise, read_tensors
 from par import PAR
 
-GROUP = 8                                                 # images of one forward pass
+CHUNK = 8                                                 # images of one forward pass
 MOST = 1024                                               # pixels: longest side of masks and --native images
 RATES = {",".join(map(str, row)): list(row) for row in TABLE_1.values()}          # "1,1,2,3": [1, 1, 2, 3]
 
@@ -230,7 +230,7 @@ def segment(network, rates, image, mask_size, par=None, flip=False):
     return mask_logits(network, rates, image, mask_size, par, flip).argmax(1).byte()
 
 
-def groups(n, rank=0, world=1, size=GROUP):
+def chunks(n, rank=0, world=1, size=CHUNK):
     """This process's share of 0..n-1, as slices of `size` images, whatever the number of processes is."""
     # sliced, not padded to equal shares as DistributedSampler does: no image counts twice
     starts = range(0, n, size)[rank::world]
@@ -261,15 +261,21 @@ def segment_photograph(network, checkpoint, image, native=False, par=None, flip=
         resized = data.squash(image, checkpoint["args"]["size"], antialias=True)
     size = at_most(image.shape)
     logits = mask_logits(network, checkpoint["rates"], resized[None], size, par, flip)[0].cpu()   # (N, h, w)
-    # enlarged to the photograph one cluster at a time: 20 clusters of 12 megapixels would take 1 GB
-    H, W = image.shape[:2]
-    mask = np.zeros((H, W), np.uint8)
+    return np.array(checkpoint["assignment"], np.uint8)[enlarged_argmax(logits, *image.shape[:2])]
+
+
+def enlarged_argmax(logits, H, W):
+    """Arg max of logits (N, h, w) that are enlarged to H x W: uint8 (H, W).
+
+    One channel at a time: 20 of 12 megapixels would take 1 GB.
+    """
+    best = np.zeros((H, W), np.uint8)
     highest = np.full((H, W), -np.inf, np.float32)
-    for cluster in logits.argmax(0).unique():             # those that are anywhere the most likely
-        plane = np.array(Image.fromarray(logits[cluster].numpy()).resize((W, H), Image.BILINEAR))
-        mask[plane > highest] = checkpoint["assignment"][cluster]
+    for channel in logits.argmax(0).unique():             # those that are anywhere the highest
+        plane = np.array(Image.fromarray(logits[channel].numpy()).resize((W, H), Image.BILINEAR))
+        best[plane > highest] = channel
         np.maximum(highest, plane, out=highest)
-    return mask
+    return best
 
 
 # ----------------------------------------------------------------------------
@@ -328,18 +334,18 @@ def print_scores(network, checkpoint, source, native, par, flip):
     confusion = torch.zeros(n, k, dtype=torch.int64)
     progress = Progress("scored: image", len(source))
     pixels = np.zeros(256, np.int64)                      # of each label value
-    for group in groups(len(source), size=1 if native else GROUP):
-        indices = range(group.start, group.stop)
+    for chunk in chunks(len(source), size=1 if native else CHUNK):
+        indices = range(chunk.start, chunk.stop)
         if native:                                        # one by one, each at its own size
-            images = whole_patches(source.image(group.start), network.vit.patch_size)[None]
-            labels = source.label(group.start)[None]
+            images = whole_patches(source.image(chunk.start), network.vit.patch_size)[None]
+            labels = source.label(chunk.start)[None]
         else:
             images = np.stack([source.squashed(i, size) for i in indices])
             labels = np.stack([data.squash(source.label(i), size, "nearest") for i in indices])
         clusters = segment(network, rates, images, labels.shape[1:], par, flip).cpu()
         confusion += confusion_matrix(labels, clusters, n, k)
         pixels += np.bincount(labels.flatten(), minlength=256)
-        progress(group.stop)
+        progress(chunk.stop)
     print(data.class_shares(pixels, source.names))
     result = scores(confusion)
     cluster_of = {int(c): cluster for cluster, c in enumerate(result["one_to_one"])}      # class -> cluster

@@ -2,7 +2,7 @@
 
     L_all = lambda_1 L_seg + lambda_2 L_CE + lambda_3 L_un + lambda_4 L_cls
 
-    min_max(), with_background(), fuse() -> pseudo_masks(), confident_patches() (Fig. 2)
+    with_background(), fuse() -> pseudo_masks(), confident_patches() (Fig. 2)
     maps of pixels, mean_over() them -> dmsa_losses() (Eq. 6); then each loss by itself, for other projects
 
 Plain functions of logits (B, N, H, W), labels (B, H, W) and class embeddings (B, N, D). N counts every class,
@@ -19,8 +19,8 @@ import torch.nn.functional as F
 THRESHOLD = 0.1                                           # of the background channel, TransFGU's
 VOID = 255                                                # label of pixels that do not count
 
-# alpha(t), the weight of L_CE's second term; t counts the epochs since the teacher began to take part, from 0
-# (TransFGU: since it was replaced); after 7 alpha stays
+# alpha(t), the weight of L_CE's second term (`permuted`): t is 0 in the epoch in which the teacher begins to
+# take part in the labels (TransFGU: in which it is replaced), 1 in the next; after 7 alpha stays
 ALPHA = (0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.09, 0.1)
 
 
@@ -31,12 +31,6 @@ def permutation_weight(t):
 
 # ----------------------------------------------------------------------------
 # Fig. 2, top: CAM and teacher, fused. PAR refines what comes out, and its arg max is the pseudo label
-
-
-def min_max(cam):
-    """Per image over all K maps: (B, K, h, w) of any scale -> [0, 1]. Constant maps become 0, not NaN."""
-    low, high = cam.amin((1, 2, 3), keepdim=True), cam.amax((1, 2, 3), keepdim=True)
-    return (cam - low) / (high - low).clamp(min=torch.finfo(cam.dtype).tiny)
 
 
 def with_background(cam, threshold=THRESHOLD):
@@ -61,7 +55,7 @@ def fuse(cam, teacher_logits, teacher_weight):
 def pseudo_masks(cam, teacher_logits, teacher_weight, background=True, threshold=THRESHOLD, hard=False):
     """Fig. 2 as far as PAR: the masks whose arg max, once they are refined, is the pseudo label.
 
-    cam             (B, K, h, w)  in [0, 1]: `min_max` over the whole image, then cropped (decision 23)
+    cam             (B, K, h, w)  in [0, 1]: scaled over the whole image, then cropped (decision 23)
     teacher_logits  (B, N, h, w), or None before the teacher takes part: CAM alone
     background      whether class 0 is background, N = K + 1; else N = K
     hard            CAM alone becomes 1 for the class of each patch and 0 for the others (decision 31): a
@@ -119,7 +113,7 @@ def cross_entropy(logits, label):
 
 
 def look_up(numbers, label, of_void):
-    """numbers[label], of void `of_void`: numbers (N,) int64, label (B, H, W) -> (B, H, W) int64."""
+    """numbers[label], of void `of_void`: numbers (N,), one for each class, label (B, H, W) -> (B, H, W)."""
     void = label == VOID
     return numbers[label.long().masked_fill(void, 0)].masked_fill(void, of_void)
 
@@ -149,10 +143,10 @@ def doubt(logits):
     return (1 - (p1 - p2))[:, 0]
 
 
-def pixels_of_groups(label, group):
-    """How many pixels each group has: (N,) int64, 0 for numbers that are no group."""
-    of_pixel = look_up(group, label, len(group)).flatten()                        # N: void
-    n_pixels = of_pixel.new_zeros(len(group) + 1)
+def pixels_of_classes(label, N):
+    """How many pixels each of N classes has: (B, H, W) -> (N,) int64."""
+    of_pixel = label.long().masked_fill(label == VOID, N).flatten()
+    n_pixels = of_pixel.new_zeros(N + 1)
     return n_pixels.scatter_add_(0, of_pixel, torch.ones_like(of_pixel))[:-1]     # bincount makes a GPU wait
 
 
@@ -160,14 +154,14 @@ def balanced_mean(ce_map, label, group, n_pixels=None):
     """Mean of a map (B, H, W) over groups of classes, each of which counts the same; void none.
 
     group      (N,) int64, the group of each class, a number from 0 to N - 1
-    n_pixels   (N,) pixels of each group; default: those of `label`. In training of the whole batch: a crop
+    n_pixels   (N,) pixels of each class; default: those of `label`. In training of the whole batch: a crop
                without a group adds nothing to it. A group that the whole batch lacks does not count
     """
-    n_pixels = pixels_of_groups(label, group) if n_pixels is None else n_pixels
-    n_groups = (n_pixels > 0).sum()
-    weights = 1 / (n_pixels.clamp(min=1) * n_groups.clamp(min=1))                 # (N,) of a pixel
-    weights = F.pad(weights, (0, 1))                      # (N + 1,): 0 for void
-    return (ce_map * weights[look_up(group, label, len(group))]).sum()
+    n_pixels = pixels_of_classes(label, len(group)) if n_pixels is None else n_pixels
+    of_group = torch.zeros_like(n_pixels).scatter_add_(0, group, n_pixels)        # (N,), 0: no such group
+    n_groups = (of_group > 0).sum()
+    weight = 1 / (of_group[group].clamp(min=1) * n_groups.clamp(min=1))           # (N,), of a class's pixels
+    return (ce_map * look_up(weight, label, 0)).sum()
 
 
 def similarity(class_embeddings):
@@ -175,8 +169,8 @@ def similarity(class_embeddings):
     N = class_embeddings.shape[1]
     if N < 2:
         raise ValueError(f"class embeddings {tuple(class_embeddings.shape)}: at least two classes expected")
-    # the decoder's have unit length but for rounding: a constant, which needs no gradient
     c = full(class_embeddings)
+    # as the decoder gives them their lengths are 1 but for rounding, constants without a gradient (TransFGU)
     unit = c / c.norm(dim=2, keepdim=True).detach()                               # (B, N, D)
     cosine = unit @ unit.transpose(1, 2)                                          # (B, N, N)
     i, j = torch.triu_indices(N, N, offset=1, device=c.device)
@@ -187,17 +181,16 @@ def similarity(class_embeddings):
 # Eq. 6, for a micro-batch
 
 
-def pixel_counts(label, confident, group):
+def pixel_counts(label, confident, N):
     """What the means of Eq. 6 divide by: (2 + N,) int64, to be added up over the micro-batches of a batch.
 
-    label     (B, H, W)  int64
+    label     (B, H, W)  int64, of N classes
     confident (B, H, W)  bool
-    group     (N,)       int64, the groups of classes that count the same in L_seg
-    returns   images (L_cls), confident pixels (L_un), pixels of each group (L_seg; together L_CE)
+    returns   images (L_cls), confident pixels (L_un), pixels of each class (L_seg; together L_CE)
     """
     n_confident = confident.sum()
     n_images = torch.full_like(n_confident, len(label))
-    return torch.cat([n_images[None], n_confident[None], pixels_of_groups(label, group)])
+    return torch.cat([n_images[None], n_confident[None], pixels_of_classes(label, N)])
 
 
 def dmsa_losses(logits, class_embeddings, label, confident, counts, group, lambdas, background=True,
@@ -210,7 +203,7 @@ def dmsa_losses(logits, class_embeddings, label, confident, counts, group, lambd
     confident         (B, H, W)     bool, pixels that count in L_un: those in whose patch the CAM of some
                                     class exceeds the threshold, 0.1; without a background all
     counts            (2 + N,)      `pixel_counts` of the whole batch
-    group             (N,)          int64, as for `pixel_counts`
+    group             (N,)          int64, the groups of classes that count the same in L_seg
     lambdas           lambda_1 .. lambda_4
     background        channel 0 is background, and does not compete in L_un: its softmax goes over the others
     permutation, alpha              as for `permuted`
@@ -272,7 +265,8 @@ def uncertainty_loss(logits, confident):
 def class_loss(class_embeddings):
     """L_cls of Eq. 6: mean over pairs i < j of 1 + cos(c_i, c_j), and over images (TransFGU).
 
-    class_embeddings  (B, N, D)  of the decoder, N >= 2
+    class_embeddings  (B, N, D)  N >= 2, of unit length, as the decoder gives them: the gradient takes the
+                                 lengths for constants
     returns           ()         in [0, 2]; 2 when all classes are the same: collapse
     """
     return similarity(class_embeddings).mean()

@@ -169,7 +169,8 @@ class VisionTransformer(nn.Module):
             self.register_tokens = nn.Parameter(torch.zeros(1, registers, embed_dim))
         n_patches = (img_size // patch_size) ** 2
         self.pos_embed = None if rope else nn.Parameter(torch.zeros(1, 1 + n_patches, embed_dim))
-        # of a head's d_k channels a half turns by rows, a half by columns, each in pairs: d_k / 4 periods
+        # see `angles`: of a head's d_k channels a half turns by rows, a half by columns, each in pairs, so
+        # that there are d_k / 4 periods
         n = embed_dim // num_heads // 4
         self.register_buffer("periods", 100 ** (torch.arange(n) / n) if rope else None)   # decision 29
         self.patch_embed = PatchEmbed(patch_size, embed_dim)
@@ -242,7 +243,7 @@ class VisionTransformer(nn.Module):
         return x, *last.attn.split(last.norm1(x), angles)
 
     def forward(self, image):
-        """The ViT alone, as DINO runs it; the network of Fig. 1 goes on from `last_qkv` by itself.
+        """The whole ViT, as DINO runs it, for tools and other projects; Fig. 1 goes on from `last_qkv`.
 
         Takes a normalised image (B, 3, H, W), any size from one patch up. Returns the tokens after the last
         norm (B, 1 + hw, D), CLS first, and the CLS row of the last attention (B, heads, 1 + hw). Registers
@@ -363,7 +364,7 @@ class DMSA(nn.Module):
         head      self.student or self.teacher
         features  x, msa (B, D, h, w) of `features`
         rates     of `dilation_rates(epoch)`
-        returns   logits (B, N, h, w), class embeddings (B, N, D)
+        returns   logits (B, N, h, w); class embeddings (B, N, D), which L_cls moves apart (losses.py)
         """
         x, msa = features
         grid = x.shape[2:]

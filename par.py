@@ -59,7 +59,7 @@ def affinity(image, dilations=DILATIONS, omega3=OMEGA3, bandwidth=BANDWIDTH):
 
     k_rgb = -((|I_kl - I_ij| / std_rgb) / bandwidth)^2, averaged over the three colours; std_rgb is the
     unbiased standard deviation of the N neighbours' values. k_pos is the same of the distance in pixels.
-    Three passes over the neighbours, for mean, std_rgb and k_rgb, so that no tensor holds all N colours.
+    For mean, std_rgb and k_rgb the neighbours are read anew each time, so that no tensor holds all N colours.
     """
     image, N = full(image), 8 * len(dilations)
     mean = sum(neighbours(image, dilations)) / N                                  # (B, 3, H, W)
@@ -70,10 +70,10 @@ def affinity(image, dilations=DILATIONS, omega3=OMEGA3, bandwidth=BANDWIDTH):
     def exponent(neighbour):                              # k_rgb of each colour, (B, 3, H, W)
         return (neighbour - image).square_().mul_(factor)
 
-    # softmax takes away what all neighbours share. The first one's is taken away before: where neighbours are
-    # alike in a colour that the pixel has not, huge numbers become 0 and do not drown the other colours
-    first = exponent(next(neighbours(image, dilations)))
-    k_rgb = torch.stack([(exponent(neighbour) - first).mean(1)
+    # Neighbours that are alike in a colour, but unlike the pixel, share a huge exponent. softmax would take
+    # it away, but after the mean over the colours, in which it drowns the others; so it goes before
+    shared = exponent(next(neighbours(image, dilations)))                         # (B, 3, H, W)
+    k_rgb = torch.stack([(exponent(neighbour) - shared).mean(1)
                          for neighbour in neighbours(image, dilations)], dim=1)   # (B, N, H, W)
     distance = torch.tensor([math.hypot(*offset) for offset in offsets(dilations)], dtype=image.dtype)
     distance = distance.to(image.device, non_blocking=True)                       # (N,)
@@ -103,8 +103,8 @@ def neighbour_index(n, H, W, dilations, device=None):
 
     An image that holds at each pixel the number of its line is read as masks are, by `neighbours`.
     """
-    lines = torch.arange(n * H * W, dtype=torch.float64, device=device).view(n, 1, H, W)
-    return torch.cat([table(line).int() for line in neighbours(lines, dilations)], dim=1)
+    numbers = torch.arange(n * H * W, dtype=torch.float64, device=device).view(n, 1, H, W)
+    return torch.cat([table(neighbour).int() for neighbour in neighbours(numbers, dilations)], dim=1)
 
 
 class PAR(nn.Module):
@@ -123,7 +123,9 @@ class PAR(nn.Module):
         super().__init__()
         self.dilations, self.iterations = dilations, iterations
         self.omega3, self.bandwidth = omega3, bandwidth
-        self.compiled = [torch.compile(f, fullgraph=True) for f in (affinity, average)] if compile else None
+        self.compiled, self.affinity, self.average = compile, affinity, average
+        if compile:
+            self.affinity, self.average = (torch.compile(f, fullgraph=True) for f in (affinity, average))
 
     @torch.no_grad()
     def forward(self, image, masks):
@@ -139,20 +141,19 @@ class PAR(nn.Module):
                              f"(B, C, h, w) expected")
         B, _, H, W = image.shape
         masks = F.interpolate(full(masks), size=(H, W), mode="bilinear", align_corners=True)
-        if self.compiled:
-            return self.by_definition(image, masks, *self.compiled)
-        if torch.compiler.is_compiling():                 # torch.export, or all of it under torch.compile
+        if self.compiled or torch.compiler.is_compiling():            # the latter also by torch.export
             return self.by_definition(image, masks)
         pixels = PIXELS_AT_ONCE["cuda" if image.is_cuda else "cpu"]
         n = min(B, max(1, pixels // (H * W)))             # images together
         index = neighbour_index(n, H, W, self.dilations, image.device)            # (n HW, N)
         return torch.cat([self.by_table(*some, index) for some in zip(image.split(n), masks.split(n))])
 
-    def by_definition(self, image, masks, k_of=affinity, iterate=average):
-        """All iterations as they are defined, by `affinity` and `average` or their compiled forms."""
-        k = k_of(image, self.dilations, self.omega3, self.bandwidth).to(masks.dtype)      # (B, N, H, W)
+    def by_definition(self, image, masks):
+        """All iterations as they are defined: (B, 3, H, W), (B, C, H, W) -> (B, C, H, W)."""
+        k = self.affinity(image, self.dilations, self.omega3, self.bandwidth)     # (B, N, H, W)
+        k = k.to(masks.dtype)
         for _ in range(self.iterations):
-            masks = iterate(k, masks, self.dilations)
+            masks = self.average(k, masks, self.dilations)
         return masks
 
     def by_table(self, image, masks, index):

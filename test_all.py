@@ -287,11 +287,11 @@ def test_par_gives_the_same_however_many_images_it_takes_at_once(monkeypatch):
 
 def test_cams_get_a_background_below_half_the_threshold_and_fusion_weighs_the_teacher():
     cam_maps = torch.tensor([[0.0, 0.04, 0.06, 1.0], [0.0, 0.0, 0.0, 0.2]]).view(1, 2, 1, 4)
-    p = losses.with_background(losses.min_max(5 + 3 * cam_maps))                  # any scale and offset
+    p = losses.with_background(cam.min_max(5 + 3 * cam_maps))                  # any scale and offset
     assert_close(p[0, :, 0], torch.tensor([[0.1, 0.06, 0.04, 0], [0, 0.04, 0.06, 1], [0, 0, 0, 0.2]]))
     assert p.argmax(1).flatten().tolist() == [0, 0, 1, 1]
-    assert_close(losses.min_max(cam_maps), cam_maps)
-    p = losses.with_background(losses.min_max(torch.full((1, 3, 2, 2), 0.7)))     # constant: not NaN
+    assert_close(cam.min_max(cam_maps), cam_maps)
+    p = losses.with_background(cam.min_max(torch.full((1, 3, 2, 2), 0.7)))     # constant: not NaN
     assert torch.equal(p[:, 0], torch.full((1, 2, 2), 0.1)) and p[:, 1:].eq(0).all()
     p, teacher = torch.rand(2, 3, 4, 4), randn(2, 3, 4, 4)
     share = torch.exp(teacher) / torch.exp(teacher).sum(1, keepdim=True)
@@ -338,7 +338,7 @@ def test_the_four_losses_are_those_of_the_textbook():
 
 
 def test_hard_labels_reach_par_as_one_class_a_patch_until_the_teacher_takes_part():
-    maps, logits = losses.min_max(torch.rand(2, 3, 4, 5)), randn(2, 4, 4, 5)
+    maps, logits = cam.min_max(torch.rand(2, 3, 4, 5)), randn(2, 4, 4, 5)
     soft = losses.with_background(maps)
     hard = losses.pseudo_masks(maps, None, 0.7, hard=True)
     assert torch.equal(hard, F.one_hot(soft.argmax(1), 4).movedim(3, 1).float())
@@ -379,13 +379,12 @@ def test_losses_and_counts_leave_out_255_and_take_any_integers():
     for loss in (losses.cross_entropy_loss, losses.segmentation_loss,
                  lambda x, y: losses.cross_entropy_loss(x, y, permutation, 0.1)):
         torch.testing.assert_close(loss(logits, marked), loss(*kept))
-    for group in (torch.arange(3), torch.tensor([1, 0, 1])):
-        counts = losses.pixel_counts(marked.long(), label > 0, group)
-        assert counts[:2].tolist() == [2, (label > 0).sum()]
-        assert counts[2:].tolist() == [(group[kept[1]] == g).sum() for g in range(3)]
+    counts = losses.pixel_counts(marked.long(), label > 0, 3)
+    assert counts.tolist() == [2, (label > 0).sum(), *((kept[1] == c).sum() for c in range(3))]
     marked[:], confident = 255, label < 0                 # no pixel counts: 0, not NaN
-    counts = losses.pixel_counts(marked.long(), confident, group)
-    found = losses.dmsa_losses(logits, randn(2, 3, 4), marked, confident, counts, group, (1, 1, 1, 0))
+    counts = losses.pixel_counts(marked.long(), confident, 3)
+    found = losses.dmsa_losses(logits, randn(2, 3, 4), marked, confident, counts, torch.arange(3),
+                               (1, 1, 1, 0))
     assert found["all"] == 0
 
 
@@ -455,7 +454,7 @@ def test_the_parts_of_a_training_step_compile_without_a_break_and_give_the_same(
     def step(image, label):
         seen = model.normalise(data.augment(data.crop(image, draws, 32), draws))
         logits, c = network.decode(network.student, network.features(seen), (1, 1, 2, 3))
-        counts = losses.pixel_counts(label, label > 1, group)
+        counts = losses.pixel_counts(label, label > 1, 4)
         return losses.dmsa_losses(logits, c, label, label > 1, counts, group, (0.3, 1.0, 0.3, 1.0))["all"]
 
     image, label, masks = torch.rand(2, 3, 64, 64), torch.randint(0, 4, (2, 4, 4)), torch.rand(2, 4, 8, 8)
@@ -494,7 +493,7 @@ def test_losses_of_the_micro_batches_of_a_batch_add_up_to_those_of_the_whole(gro
     label[4:] = label[4:].clamp(max=2)                    # a class that one micro-batch alone has
     foreground, group = label > 1, torch.tensor(group)
     logits, embeddings = randn(6, 4, 5, 5).requires_grad_(), randn(6, 4, 8).requires_grad_()
-    counts = sum(losses.pixel_counts(label[s], foreground[s], group) for s in (slice(0, 2), slice(2, 6)))
+    counts = sum(losses.pixel_counts(label[s], foreground[s], 4) for s in (slice(0, 2), slice(2, 6)))
     run = lambda s: losses.dmsa_losses(logits[s], embeddings[s], label[s], foreground[s], counts, group,
                                        (0.3, 1, 0.3, 1), True, torch.tensor([1, 2, 3, 0]), 0.05)
     whole = run(slice(0, 6))
@@ -1426,7 +1425,8 @@ def test_bench_times_every_stage_of_a_run(monkeypatch, capsys):
     monkeypatch.setattr(bench, "BUDGET", 1e-3)
     bench.stages("tiny", 2)
     rows = re.findall(r"^\| (\w+)\b.* \| [\d.]+ \| [\d.]+ \|$", capsys.readouterr().out, re.M)
-    assert rows == ["windows", "CAM", "evaluation", "PAR", "step", "step"]
+    assert rows == [*["photograph"] * 3, "windows", "windows", "CAM", "evaluation", "evaluation", "PAR",
+                    "step", "step"]
 
 
 def test_the_textbook_forms_of_bench_compute_what_ours_do():
@@ -3682,7 +3682,7 @@ def test_pictures_show_the_stages_of_fig_2_and_no_teacher_that_is_not_in_use(uni
     with torch.no_grad():
         maps = cam.class_activation_maps(network.vit, normalised, last["centroids"])
         teacher = network.decode(network.teacher, network.features(normalised), rates)[0]
-        masks = losses.pseudo_masks(losses.min_max(maps), teacher, 0.7)
+        masks = losses.pseudo_masks(cam.min_max(maps), teacher, 0.7)
         pseudo = par.PAR((1, 2, 8, 16))(pixels, masks).argmax(1)
         enlarged = F.interpolate(teacher, size=size, mode="bilinear").argmax(1)
     assert torch.equal(found.maps, maps) and np.array_equal(found.pseudo, pseudo.numpy())
@@ -3764,7 +3764,7 @@ def everything(device):
               "PAR 1024": par.PAR((1, 2, 4, 8), 3)(larger(1024)[:1], masks[:1])}
     label, group = torch.from_numpy(labels).long().to(device), torch.arange(6, device=device)
     label[:, :9] = 255
-    counts, permutation = losses.pixel_counts(label, label < 3, group), torch.arange(6).roll(1).to(device)
+    counts, permutation = losses.pixel_counts(label, label < 3, 6), torch.arange(6).roll(1).to(device)
     large = F.interpolate(logits.float(), size=label.shape[1:], mode="bilinear")
     values = losses.dmsa_losses(large, c.float(), label, label < 3, counts, group, (0.3, 1, 0.3, 1), True,
                                 permutation, 0.1)
@@ -4175,7 +4175,7 @@ def test_golden_cross_entropy_and_uncertainty(file, z, c):
     0.5 / 0.5 at patch size; of a constant CAM its L_un is NaN, ours 0."""
     things, logits = "things_" in file.name, torch.from_numpy(z["masks"]).requires_grad_()
     teacher = torch.from_numpy(z["teacher_logits"]) if c["teacher"] else None
-    cams = losses.min_max(torch.from_numpy(z["pseudo_label"]))
+    cams = cam.min_max(torch.from_numpy(z["pseudo_label"]))
     label = losses.pseudo_masks(cams, teacher, 0.5, things).argmax(1)
     confident = losses.confident_patches(cams, things)
     uncertainty = losses.uncertainty_loss(logits[:, 1:] if things else logits, confident)
@@ -4278,14 +4278,14 @@ def test_golden_training_step(z, c, monkeypatch):
     fill(teacher, c["salts"]["teacher decoder"])
     features = network.features(stream(c["input"]))
     cams, logits = torch.from_numpy(z["pseudo_label"]), network.decode(network.teacher, features, rates)[0]
-    cams = losses.min_max(cams)
+    cams = cam.min_max(cams)
     label = losses.pseudo_masks(cams, logits, args.teacher_weight).argmax(1)
     confident = losses.confident_patches(cams)
     # `train_step` shall draw the file's permutation; there new channel j holds old channel perm[j]
     drawn = SimpleNamespace(permutation=lambda n: z["perm"].argsort())
     monkeypatch.setattr(np.random, "default_rng", lambda seed: drawn)
     values = trainer.train_step([train.Target(features, label, confident)],
-                                losses.pixel_counts(label, confident, trainer.group),
+                                losses.pixel_counts(label, confident, len(trainer.group)),
                                 args.teacher_start + 1 + c["epoch"], 0)
     near([values[k] for k in ("ce", "un", "cls", "all")],
          [z[k] for k in ("loss_cat", "loss_uncertainty", "loss_cls_emb", "total")], 1e-5)
@@ -4370,7 +4370,7 @@ def run_of(out, *args, method=train.Trainer):
                     cams=torch.cat([batch.cams for batch in micro_batches]),
                     features=[torch.cat(pair) for pair in zip(*(target.features for target in targets))],
                     confident=torch.cat([target.confident for target in targets]),
-                    compiled=self.par is not None and self.par.compiled is not None,
+                    compiled=self.par is not None and self.par.compiled,
                     names=self.source.names, files=self.inputs["images"], weights=self.inputs["weights"],
                     centroids=self.inputs["centroids"])
             if epoch == 2 and "taught" not in result:

@@ -5,10 +5,10 @@
     torchrun --nproc_per_node=6 train.py --data voc                # six GPUs, the paper's setting
     python train.py --data folder --root photos --classes 10       # images of one's own, no labels
 
-A run that was stopped, at any moment, goes on when the same command is given again: from last.pt, which is
-written after every epoch, with the same random numbers, so that nothing but the interrupted epoch is done
-twice. --batch is the global batch: the result does not depend on the number of processes or of micro-batches
-(--accumulate) but for the order of sums.
+A run that was stopped, at any moment, goes on when the same command is given again, from last.pt, which is
+written after every epoch: the interrupted epoch is done again, with the same random numbers. --batch is the
+global batch: the result does not depend on the number of processes or of micro-batches (--accumulate) but for
+the order of sums.
 
     options -> caches -> coarse labels (Fig. 2, left) -> batches -> class Trainer (Fig. 2, right) -> train(),
     the loop -> below the line of "=": what a run needs besides
@@ -41,9 +41,9 @@ import cam
 import data
 from aspp import DEEPLAB_RATES, dilation_rates
 from data import UserError, write_whole
-from eval import (Progress, choose_device, check_outside, confusion_matrix, groups, load_checkpoint, scores,
+from eval import (Progress, check_outside, choose_device, chunks, confusion_matrix, load_checkpoint, scores,
                   with_names)
-from losses import (confident_patches, dmsa_losses, min_max, permutation_weight, pixel_counts, pseudo_masks,
+from losses import (confident_patches, dmsa_losses, permutation_weight, pixel_counts, pseudo_masks,
                     with_background)
 from model import BACKBONES, DMSA, VisionTransformer, backbone, load_vit, normalise
 from par import PAR
@@ -121,7 +121,7 @@ def parse(argv=None, *parsers, **settings):
         help="dilations of PAR; AFA's are 1 2 4 8 12 24. With no number there is no PAR: pseudo labels are "
              "only enlarged (%(default)s; decision 8)")
     p.add_argument("--threshold", type=zero_to_one, default=0.1, metavar="T",
-        help="where all CAMs are below half of it is background (%(default)s)")
+        help="where all CAMs are below half of it, CAM says background (%(default)s)")
     p.add_argument("--coarse", choices=("hard", "soft"), default="hard",
         help="what PAR gets while CAM is alone: hard: 1 for the class of a patch and 0 for others; soft: CAM "
              "(%(default)s; decision 31)")
@@ -285,7 +285,7 @@ def cached_squashed(args, name, source, read):
         try:
             return np.stack(list(pool.map(lambda i: read(i, args.size), shard)))
         except UserError:
-            data.raise_unreadable(source)                 # names all of them, not one a start
+            data.raise_unreadable(source)                 # one line for all bad files of the split
             raise
 
     with ThreadPoolExecutor(args.workers) as pool:
@@ -370,7 +370,7 @@ def cached_cams(args, split, source, images, vit, digest, centroids, device):
         for start in range(shard.start, shard.stop, 16):  # 16 at once: COCO's shards have 1,800
             image = data.to_float(images[start:min(start + 16, shard.stop)], device)
             cams = cam.class_activation_maps(vit, normalise(image), centroids.to(device))
-            scaled.append(min_max(cams).half().cpu())
+            scaled.append(cam.min_max(cams).half().cpu())
         return torch.cat(scaled).numpy()
 
     # the maps depend on the images, the weights and the centroids, not on how k-means came to them
@@ -512,7 +512,7 @@ class Trainer:
         args, network, background = self.args, self.network, self.source.background
         H = args.crop                                     # pixels of a side of a crop (VOC: 160),
         h = H // network.vit.patch_size                   # and patches (20)
-        # without the teacher PAR gets one class a patch; what is only enlarged stays soft (decision 31)
+        # while CAM is alone PAR gets one class a patch; without PAR it stays as it is (decision 31)
         hard = args.coarse == "hard" and self.par is not None
         targets = []
         for batch in micro_batches:
@@ -534,7 +534,7 @@ class Trainer:
             confident = confident_patches(cams, background, args.threshold)       # (b, h, h)
             confident = F.interpolate(confident[:, None].float(), (H, H), mode="nearest")[:, 0].bool()
             targets.append(Target(features, refined.argmax(1), confident))
-        return targets, sum(pixel_counts(t.label, t.confident, self.group) for t in targets)
+        return targets, sum(pixel_counts(t.label, t.confident, len(self.group)) for t in targets)
 
     def train_step(self, targets, counts, epoch, step):
         """Fig. 2, bottom: the losses of the targets, their gradients summed over all processes, one step.
@@ -653,7 +653,7 @@ def train(args, sources, vit, digest, state, device, trainer_class=Trainer):
             record["clusters"] = clusters_in_use(trainer, images["train"], epoch, kept)
         else:
             of_val, trainer.assignment = score_val(trainer, images["val"], labels, epoch, kept)
-            record |= of_val | trainer.results["cam"]
+            record |= of_val | trainer.results["cam"]     # miou, accuracy, iou, clusters in use ..
         log.epoch(record)
         finish_epoch(trainer, record)
         print0(epoch_line(args, record, dict(zip(LOSSES, total / steps))))
@@ -731,7 +731,7 @@ def checkpoint_of(trainer):
     """All that going on, predicting and explaining need: tensors and plain values."""
     args, network = trainer.args, trainer.network
     epoch = max(1, trainer.epoch)                         # before the first one, its rates
-    return trainer.inputs | {
+    return trainer.inputs | {                             # images, weights, centroids
         "epoch": trainer.epoch, "args": vars(args), "results": trainer.results,
         "assignment": trainer.assignment, "names": trainer.source.names,
         "background": trainer.source.background,
@@ -788,17 +788,17 @@ KEPT = 2 ** 30                                            # bytes of features th
 IN_USE = 128                                              # images in which a folder's clusters are counted
 
 
-def kept_features(network, images, group, kept):
-    """x, msa of `DMSA.features` of a group of images; the ViT is frozen, so `kept` holds as many as it can.
+def kept_features(network, images, chunk, kept):
+    """x, msa of `DMSA.features` of a chunk of images; the ViT is frozen, so `kept` holds as many as it can.
 
-    kept   {start of a group: features}, KEPT bytes at most: all of `shapes` (59 MB), a seventh of VOC's 7 GB
+    kept   {start of a chunk: features}, KEPT bytes at most: all of `shapes` (59 MB), a seventh of VOC's 7 GB
     """
-    if group.start in kept:
-        return kept[group.start]
-    pixels = data.to_float(images[group], network.vit.cls_token.device)
+    if chunk.start in kept:
+        return kept[chunk.start]
+    pixels = data.to_float(images[chunk], network.vit.cls_token.device)
     features = network.features(normalise(pixels))
     if sum(x.nbytes for pair in (*kept.values(), features) for x in pair) <= KEPT:
-        kept[group.start] = features
+        kept[chunk.start] = features
     return features
 
 
@@ -816,8 +816,8 @@ def score_val(trainer, images, labels, epoch, kept):
     if trainer.teacher_age(epoch) is not None:
         heads.append(network.teacher)
     confusion = torch.zeros(len(heads), n_classes, N, dtype=torch.int64)
-    for group in groups(len(labels), RANK, WORLD):
-        features, truth = kept_features(network, images, group, kept), labels[group]
+    for chunk in chunks(len(labels), RANK, WORLD):
+        features, truth = kept_features(network, images, chunk, kept), labels[chunk]
         for h, head in enumerate(heads):
             logits, _ = network.decode(head, features, rates)                     # (b, N, h, w)
             clusters = enlarged(logits, truth.shape[1:]).argmax(1)                # (b, S, S)
@@ -838,8 +838,8 @@ def clusters_in_use(trainer, images, epoch, kept):
     """How many clusters, the background among them, have a patch in the first IN_USE images (of a folder)."""
     network, N = trainer.network.eval(), n_channels(trainer.source)
     patches = torch.zeros(N, dtype=torch.int64)
-    for group in groups(min(len(images), IN_USE), RANK, WORLD):
-        features = kept_features(network, images, group, kept)
+    for chunk in chunks(min(len(images), IN_USE), RANK, WORLD):
+        features = kept_features(network, images, chunk, kept)
         logits, _ = network.decode(network.student, features, trainer.rates(epoch))       # (b, N, h, w)
         patches += torch.bincount(logits.argmax(1).flatten().cpu(), minlength=N)
     network.train()
@@ -851,10 +851,10 @@ def score_cams(trainer, cams, labels):
     """Scores of the coarse labels themselves, on val; prints them, and those of the trivial answer."""
     n_classes, N = len(trainer.source.names), n_channels(trainer.source)
     confusion = torch.zeros(n_classes, N, dtype=torch.int64)
-    for group in groups(len(labels), RANK, WORLD):
-        maps = torch.from_numpy(cams[group]).to(trainer.device).float()
+    for chunk in chunks(len(labels), RANK, WORLD):
+        maps = torch.from_numpy(cams[chunk]).to(trainer.device).float()
         masks = with_background(maps, trainer.args.threshold) if trainer.source.background else maps
-        truth = labels[group]                                                     # (b, S, S)
+        truth = labels[chunk]                                                     # (b, S, S)
         clusters = enlarged(masks, truth.shape[1:]).argmax(1)                     # (b, S, S)
         confusion += confusion_matrix(truth, clusters.cpu(), n_classes, N)
     all_reduce_sum(confusion)

@@ -49,7 +49,7 @@ import cam                                                # noqa: E402
 import data                                               # noqa: E402
 import train                                              # noqa: E402
 import losses                                             # noqa: E402
-from eval import GROUP                                    # noqa: E402
+from eval import CHUNK, segment_photograph                # noqa: E402
 from model import BACKBONES, DMSA, VisionTransformer, normalise                   # noqa: E402
 from par import BANDWIDTH, DILATIONS, EPS, ITERATIONS, OMEGA3, PAR                # noqa: E402
 from tools.transfgu import DROPOUT, add_dropout           # noqa: E402
@@ -189,14 +189,14 @@ def step_case():
     def textbook():
         with torch.no_grad():
             image = normalise(data.augment(data.crop(batch.image, draws, args.crop), draws))
-            cams = losses.min_max(data.crop(batch.cams, draws, args.crop // 8, "area"))
+            cams = cam.min_max(data.crop(batch.cams, draws, args.crop // 8, "area"))
             tokens = textbook_vit(vit, image)[0][:, 1:]                           # of the teacher's encoder
             teacher = plain.teacher.decoder(tokens)[0].unflatten(2, (20, 20))
             label = losses.pseudo_masks(cams, teacher, 0.5).argmax(1)
             confident = losses.confident_patches(cams)
             tokens = textbook_vit(vit, image)[0][:, 1:]                           # again, of the student's
         logits, embeddings = plain.student.decoder(tokens)
-        counts = losses.pixel_counts(label, confident, classes)
+        counts = losses.pixel_counts(label, confident, 21)
         loss = losses.dmsa_losses(logits.unflatten(2, (20, 20)), embeddings, label, confident, counts,
                                   classes, (0.0, 1.0, 0.3, 1.0), True, permutation, 0.1)
         optimizer.zero_grad()
@@ -387,18 +387,26 @@ def stages(backbone, crops):
     cut = data.crop(batch.image, draws, args.crop)
     masks = rand(crops, 21, cells // 2, cells // 2)
     # eight images of val, as they lie in the caches
-    squashed = np.zeros((GROUP, S, S, 3), np.uint8)
-    labels = np.arange(GROUP * S * S, dtype=np.uint8).reshape(GROUP, S, S) % 21
-    steps = args.epochs * args.repeat * TRAIN / crops
+    squashed = np.zeros((CHUNK, S, S, 3), np.uint8)
+    labels = np.arange(CHUNK * S * S, dtype=np.uint8).reshape(CHUNK, S, S) % 21
+    photograph = np.random.default_rng(0).integers(0, 256, (375, 500, 3), np.uint8)
+    checkpoint, kept = train.checkpoint_of(trainer), {}
+    steps, validations = args.epochs * args.repeat * TRAIN / crops, args.epochs * VAL / CHUNK
 
     def windows():
         return cam.window_features(vit, large, args.window)[0]
 
+    def whole_image():
+        return cam.last_attention(vit, large)
+
     def cams():
         return cam.class_activation_maps(vit, images, centroids)
 
-    def evaluation():                                     # of student and teacher
-        return train.score_val(trainer, squashed, labels, epoch, {})
+    def evaluation(kept):                                 # of student and teacher
+        return train.score_val(trainer, squashed, labels, epoch, kept)
+
+    def predict(native=False, par=None):
+        return segment_photograph(trainer.network, checkpoint, photograph, native, par)
 
     def refine():
         return trainer.par(cut, masks)
@@ -410,9 +418,14 @@ def stages(backbone, crops):
     print(f"| {torch.cuda.get_device_name() if gpu else 'CPU'}, {backbone} | seconds | minutes of a run |")
     print("|---|---|---|")
     for name, form, times in (
+            ("photograph of 500 × 375, squashed", predict, 0),
+            ("photograph, `--native`", partial(predict, native=True), 0),
+            ("photograph, `--native --par`", partial(predict, native=True, par=trainer.par), 0),
             (f"windows of an image, {len(windows())} kept", windows, TRAIN),
+            (f"windows: the image itself, {args.large} × {args.large}", whole_image, TRAIN),
             ("CAM, 16 images", cams, (TRAIN + VAL) / 16),
-            (f"evaluation, {GROUP} images", evaluation, args.epochs * VAL / GROUP),
+            (f"evaluation, {CHUNK} images", lambda: evaluation({}), validations),
+            ("evaluation: heads and scores, behind the ViT", lambda: evaluation(kept), validations),
             (f"PAR, {crops} crops", refine, steps),
             (f"step, {crops} crops, fp32", partial(step, bf16=False), steps),
             (f"step, {crops} crops, bf16", step, steps)):

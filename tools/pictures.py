@@ -22,8 +22,8 @@ from scipy.ndimage import distance_transform_edt, maximum_filter, minimum_filter
 
 import cam
 import data
-from eval import groups, run_par, segment
-from losses import min_max, pseudo_masks
+from eval import chunks, run_par, segment
+from losses import pseudo_masks
 from model import normalise
 
 SHEET = 500                                               # images that clusters.png is made from, at most
@@ -243,7 +243,7 @@ def stages(network, checkpoint, image):
     attention = A[:, :, 1:].mean(1).unflatten(1, network.vit.grid(normalised))    # (B, h, w)
     attention = attention / attention.amax((1, 2), keepdim=True)
     maps = cam.class_activation_maps(network.vit, normalised, checkpoint["centroids"].to(device))
-    cams = min_max(maps)                                                          # (B, K, h, w)
+    cams = cam.min_max(maps)                                                      # (B, K, h, w)
     features = network.features(normalised)
     teacher, _ = network.decode(network.teacher, features, rates)                 # (B, N, h, w)
     student, _ = network.decode(network.student, features, rates)                 # (B, N, h, w)
@@ -285,8 +285,8 @@ def masks_of(network, checkpoint, source):
     size, assignment = checkpoint["args"]["size"], np.array(checkpoint["assignment"], np.uint8)
     chosen = np.arange(0, len(source), -(-len(source) // SHEET))
     masks = []
-    for group in groups(len(chosen)):
-        images = np.stack([source.squashed(i, size) for i in chosen[group]])
+    for chunk in chunks(len(chosen)):
+        images = np.stack([source.squashed(i, size) for i in chosen[chunk]])
         masks.append(segment(network, checkpoint["rates"], images, (size, size)).cpu())
     return chosen, assignment[np.concatenate(masks)]
 

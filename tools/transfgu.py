@@ -22,9 +22,10 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import cam                                                # noqa: E402
 import data                                               # noqa: E402
 import train                                              # noqa: E402
-from losses import confident_patches, min_max, pixel_counts, pseudo_masks             # noqa: E402
+from losses import confident_patches, pixel_counts, pseudo_masks                      # noqa: E402
 from model import Head, normalise                         # noqa: E402
 
 DROPOUT = 0.1                                             # in the decoder, while it trains
@@ -75,7 +76,7 @@ class TransFGU(train.Trainer):
         for batch in micro_batches:
             image = data.crop(batch.image, batch.draws, args.crop)                # (b, 3, H, W) in 0..1
             cams = data.crop(batch.cams, batch.draws, args.crop // network.vit.patch_size, "area")
-            cams = min_max(cams)                                                  # (b, K, h, w)
+            cams = cam.min_max(cams)                                              # (b, K, h, w)
             teacher_logits = None
             with self.low_precision():
                 features = network.features(normalise(data.augment(image, batch.draws)))
@@ -85,7 +86,7 @@ class TransFGU(train.Trainer):
             masks = pseudo_masks(cams, teacher_logits, args.teacher_weight, background, args.threshold)
             confident = confident_patches(cams, background, args.threshold)       # (b, h, w)
             targets.append(train.Target(features, masks.argmax(1), confident))
-        return targets, sum(pixel_counts(t.label, t.confident, self.group) for t in targets)
+        return targets, sum(pixel_counts(t.label, t.confident, len(self.group)) for t in targets)
 
     def train_step(self, targets, counts, epoch, step):
         """Trainer.train_step; each process and step has its own dropout, also in a run that goes on."""
