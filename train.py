@@ -191,7 +191,7 @@ def parse(argv=None, *parsers, **settings):
 BY_DATA_SET = {
     "shapes": dict(backbone="tiny", size=192, crop=96, large=128, window=96, repeat=1,     # decision 26
                    epochs=10, batch=8, lr=5e-4, momentum=0.97, teacher_start=4, par=[1, 2, 8, 16],
-                   lambdas=[0.3, 1.0, 0.1, 1.0], jitter=[0.4, 0.4, 0.4, 0.05]),
+                   balance="classes", lambdas=[0.3, 1.0, 0.1, 1.0], jitter=[0.4, 0.4, 0.4, 0.05]),
     "voc": dict(),
     "voc-aug": dict(repeat=1, epochs=150, lr=1e-5, lambdas=[0.1, 1.0, 0.3, 1.0]),
     "coco80": dict(scales=cam.SCENE_SCALES, repeat=1, epochs=200, batch=256, lambdas=[0.1, 1.0, 0.3, 1.0],
