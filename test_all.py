@@ -144,7 +144,9 @@ def ends(code, words, name, *args, **options):
 def here(code, words, name, *args):
     """As `ends`, but in this process, which has torch already."""
     mains = {"train.py": lambda: train.main(train.parse()), "eval.py": evaluation.main,
-             "tools/show.py": show.main, "tools/how_many.py": how_many.main}
+             "tools/show.py": show.main, "tools/how_many.py": how_many.main,
+             "tools/ablation.py": ablation.main,
+             "tools/transfgu.py": lambda: train.main(transfgu.parse(), transfgu.TransFGU)}
     said = io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True)
     with (pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said),
           contextlib.redirect_stderr(said)):
@@ -466,6 +468,7 @@ def test_the_parts_of_a_training_step_compile_without_a_break_and_give_the_same(
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_par_compiled_gives_the_same_and_is_two_functions_without_a_break(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(torch._inductor.config.cpp, "simdlen", 0)                 # such code compiles faster
     image, masks = torch.rand(2, 3, 16, 12), torch.rand(2, 3, 4, 3)
     compiled = par.PAR((1,), compile=True)
     torch.testing.assert_close(compiled(image, masks), par.PAR((1,))(image, masks), rtol=1e-4, atol=1e-5)
@@ -2961,8 +2964,13 @@ def test_going_on_needs_the_same_folder_on_all_machines_and_with_dropout_the_sam
 
 
 def train_run(folder, *extra, world=1, by="train.py"):
-    ended = program(by, *RUN, "--out", folder / "run", *extra, world=world)
-    assert [code for code, _ in ended] == [0] * world, ended
+    """A run in `world` processes of its own, or with 0 in this one: what its last.pt and its log hold."""
+    typed = (by, *RUN, "--out", folder / "run", *extra)
+    if world == 0:
+        here(0, "wrote ", *typed)
+    else:
+        ended = program(*typed, world=world)
+        assert [code for code, _ in ended] == [0] * world, ended
     return evaluation.load_checkpoint(folder / "run" / "last.pt"), log_values(folder / "run")
 
 
@@ -3020,7 +3028,7 @@ def test_a_run_writes_its_files_and_logs_every_key(uninterrupted):
 
 
 # (2, 2) cuts batches of 6 into 2 + 2 + 1 + 1
-@pytest.mark.parametrize("world, accumulate", [(2, 1), (3, 2), (2, 2)])
+@pytest.mark.parametrize("world, accumulate", [(3, 1), (2, 2)])
 def test_any_number_of_processes_and_micro_batches_gives_the_same_run(
         uninterrupted, tmp_path, world, accumulate):
     """Caches bitwise; losses and weights up to float32 summation order, which Adam's division can enlarge."""
@@ -3062,12 +3070,12 @@ def test_an_interrupted_run_ends_bitwise_as_the_uninterrupted_one(uninterrupted,
     assert same(evaluation.load_checkpoint(run / "last.pt"), checkpoint)
 
 
-def test_a_kill_before_the_first_epoch_keeps_the_clusters(uninterrupted, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "cached_cams", raising(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
+def test_a_kill_before_the_first_epoch_keeps_the_clusters(uninterrupted, tmp_path):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "cached_cams", raising(KeyboardInterrupt))
         train.main(options(*RUN, out=tmp_path / "run"))
     shutil.rmtree(tmp_path / "cache")                     # k-means cannot be done again from them
-    checkpoint, log = train_run(tmp_path)
+    checkpoint, log = train_run(tmp_path, world=0)
     assert "windows" not in "".join(p.name for p in (tmp_path / "cache").iterdir())
     assert log == uninterrupted[2] and same(checkpoint, uninterrupted[1])
 
@@ -3092,7 +3100,7 @@ def test_a_finished_run_trains_nothing_draws_its_pictures_again_and_says_so(unin
     before = [picture.read_bytes() for picture in drawn]
     drawn[0].unlink()                                     # as if it had been killed before its pictures
     drawn[1].write_bytes(b"half")                         # or as another version drew it
-    text = ends(0, "3 of 3 epochs are done; raise --epochs to train on", "train.py", *RUN, "--out", run)
+    text = here(0, "3 of 3 epochs are done; raise --epochs to train on", "train.py", *RUN, "--out", run)
     assert "last epoch: mIoU" in text and "epoch 3/3" not in text, text
     assert [picture.read_bytes() for picture in drawn] == before
     with pytest.MonkeyPatch.context() as patch:           # killed before the first step of a further epoch
@@ -3101,8 +3109,8 @@ def test_a_finished_run_trains_nothing_draws_its_pictures_again_and_says_so(unin
             train.main(train.parse([*RUN, "--epochs", "4", "--out", str(run)]))
     for name in ("last.pt", "best.pt", "log.jsonl"):
         assert (run / name).read_bytes() == (uninterrupted[0] / "run" / name).read_bytes()
-    ends(2, "--lr 0.0005, now 0.5", "train.py", *RUN, "--out", run, "--lr", "0.5", "--epochs", "4")
-    ends(2, "--par 1 2 8 16, now 1 2: use another --out", "train.py", *RUN, "--out", run, "--par", "1", "2")
+    here(2, "--lr 0.0005, now 0.5", "train.py", *RUN, "--out", run, "--lr", "0.5", "--epochs", "4")
+    here(2, "--par 1 2 8 16, now 1 2: use another --out", "train.py", *RUN, "--out", run, "--par", "1", "2")
 
 
 @pytest.mark.parametrize("stop", (signal.SIGTERM, signal.SIGINT))
@@ -3171,16 +3179,16 @@ def test_scores_do_not_depend_on_how_the_images_are_shared(monkeypatch):
 
 
 def test_a_run_with_bad_numbers_stops_on_all_processes_and_keeps_its_checkpoint(tmp_path, uninterrupted):
-    shutil.copytree(uninterrupted[0] / "run", tmp_path / "run")
-    state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    last = shutil.copytree(uninterrupted[0], tmp_path / "copy") / "run" / "last.pt"
+    state = torch.load(last, weights_only=True)
     state["student"]["decoder.cls_emb"][:] = float("nan")
-    torch.save(state, tmp_path / "run" / "last.pt")
-    before = (tmp_path / "run" / "last.pt").read_bytes()
-    ended = program("train.py", *RUN, "--epochs", "4", "--out", tmp_path / "run", world=2)
+    torch.save(state, last)
+    before = last.read_bytes()
+    ended = program("train.py", *RUN, "--epochs", "4", "--out", last.parent, world=2)
     assert ([code for code, _ in ended] == [1, 1]
             and all("step 13: seg" in text and "is kept" in text for _, text in ended)
             and all("Traceback" not in text for _, text in ended)), ended
-    assert (tmp_path / "run" / "last.pt").read_bytes() == before
+    assert last.read_bytes() == before
 
 
 def test_a_process_that_fails_takes_the_others_down(tmp_path):
@@ -3237,8 +3245,8 @@ def test_transfgus_teacher_becomes_the_student_which_starts_anew(tmp_path):
     trained = copy.deepcopy(network.student.state_dict())
     trainer.replace_teacher()
     assert same(network.teacher.state_dict(), trained) and same(network.student.state_dict(), first)
-    before, _ = train_run(tmp_path, "--epochs", "2", by="tools/transfgu.py")
-    after, log = train_run(tmp_path, by="tools/transfgu.py")                      # replaced before epoch 3
+    before, _ = train_run(tmp_path, "--epochs", "2", world=0, by="tools/transfgu.py")
+    after, log = train_run(tmp_path, world=0, by="tools/transfgu.py")             # replaced before epoch 3
     assert same(after["teacher"], before["student"])
     assert ["teacher_miou" in record for record in log if "miou" in record] == [False, False, True]
 
@@ -3307,7 +3315,7 @@ def test_bf16_on_a_cpu_without_it_is_told(monkeypatch, tmp_path, capsys):
 
 def test_bf16_changes_the_losses_little_and_the_caches_not_at_all(uninterrupted, tmp_path):
     folder, _, log = uninterrupted
-    ends(0, "", "train.py", *RUN, "--epochs", "1", "--precision", "bf16", "--out", tmp_path / "run")
+    here(0, "", "train.py", *RUN, "--epochs", "1", "--precision", "bf16", "--out", tmp_path / "run")
     first = log_values(tmp_path / "run")[0]
     assert first["ce"] == pytest.approx(log[0]["ce"], rel=0.02) and first["ce"] != log[0]["ce"]
     for shard in (folder / "cache").rglob("*.npy"):
@@ -3323,8 +3331,10 @@ def test_bf16_changes_the_losses_little_and_the_caches_not_at_all(uninterrupted,
     ("--data folder --root assets/panels.png --classes 254 --backbone tiny --batch 1 --size 64",
      "too few for 254 clusters"),
     *([] if torch.cuda.is_available() else [("--device cuda", "no GPU")])])
-def test_what_is_not_there_is_one_line_and_exit_code_2_before_the_first_step(tmp_path, args, message):
-    text = ends(2, message, "train.py", "--limit", "4", "--out", tmp_path / "run", *args.split())
+def test_what_is_not_there_is_one_line_and_exit_code_2_before_the_first_step(
+        tmp_path, monkeypatch, args, message):
+    monkeypatch.chdir(HERE)
+    text = here(2, message, "train.py", "--limit", "4", "--out", tmp_path / "run", *args.split())
     *facts, last = text.splitlines()                      # what was read, and done
     assert last.startswith("train.py: ") and message in last, text
     assert not any(line.startswith(("train.py", "epoch")) for line in facts), text
@@ -3342,7 +3352,7 @@ def test_a_folder_of_photographs_trains_and_predicts_without_labels_and_has_to_s
     assert not (run / "log.jsonl").exists()               # before the first step
     (photos / "broken.jpg").unlink()
     here(2, "lies in the folder of photographs", *go, "1", "--out", photos / "runs" / "a")
-    ends(0, "names.txt", *go, "1")
+    here(0, "names.txt", *go, "1")
     assert (run / "panels.png").exists() and Image.open(run / "clusters.png").size[0] > 1000
     assert (run / "names.txt").read_text().splitlines()[1:] == [
         "0 = background", "1 = cluster 1", "2 = cluster 2", "3 = cluster 3"]
@@ -3416,19 +3426,20 @@ def test_the_ablation_trains_its_rows_and_compares_them_seed_by_seed(tmp_path):
     assert whole == vars(options(*small, "--epochs", "2", out=tmp_path / "shapes-dmsa-0"))
     assert (released["method"], released["teacher"]) == ("released", "reset")
     before = [(tmp_path / f"shapes-{row}-0" / "curves.png").stat().st_mtime_ns for row in rows]
-    less = ends(0, "3 are finished", *go, "1")            # of a longer run: its first epoch
+    less = here(0, "3 are finished", *go, "1")            # of a longer run: its first epoch
     assert "run 1" not in less and "shapes, seeds [0], 1 epochs" in less, less
     first = [next(r["miou"] for r in log_values(tmp_path / f"shapes-{row}-0") if "miou" in r) for row in rows]
     *table, _, title, base_line, dmsa_line, released_line = less.splitlines()
     assert title == "mIoU of each seed" and dmsa_line.split() == ["dmsa", f"{first[1]:.1f}"]
     assert [line.split(" | ")[4] for line in table[-3:]] == [f"{miou:.2f}" for miou in first]
     assert before == [(tmp_path / f"shapes-{row}-0" / "curves.png").stat().st_mtime_ns for row in rows]
-    ends(2, "--momentum 0.97, now 0.9", *go, "2", "--momentum", "0.9")
+    here(2, "--momentum 0.97, now 0.9", *go, "2", "--momentum", "0.9")
 
 
-def test_each_class_counts_the_same_in_l_seg_of_a_folder_and_foreground_and_background_elsewhere():
+def test_each_class_counts_the_same_in_l_seg_of_shapes_and_a_folder_and_afas_two_groups_elsewhere():
     balance = {name: options("--data", name, "--root", "x").balance for name in train.BY_DATA_SET}
-    assert balance.pop("folder") == balance.pop("shapes") == "classes" and set(balance.values()) == {"foreground"}
+    assert balance.pop("folder") == balance.pop("shapes") == "classes"
+    assert set(balance.values()) == {"foreground"}
     groups = [trainer_of("--balance", by, source=Stuff).group.tolist() for by in ("classes", "foreground")]
     assert groups == [[0, 1, 2, 3, 4, 5], [1, 1, 0, 0, 0, 0]]                     # two things, four of stuff
 
@@ -3479,7 +3490,7 @@ def test_clusters_that_all_images_share_are_stable_and_those_of_single_images_ov
 
 
 def test_more_clusters_than_classes_are_scored_twice_and_predicted_as_classes(uninterrupted, tmp_path):
-    checkpoint, log = train_run(tmp_path, "--classes", "8")
+    checkpoint, log = train_run(tmp_path, "--classes", "8", world=0)
     last = tmp_path / "run" / "last.pt"
     assert len(checkpoint["assignment"]) == 9 and checkpoint["names"] == uninterrupted[1]["names"]
     assert checkpoint["centroids"].shape[0] == 8 and set(checkpoint["assignment"]) <= set(range(6))
@@ -3494,7 +3505,7 @@ def test_more_clusters_than_classes_are_scored_twice_and_predicted_as_classes(un
     here(0, "compare.png", "tools/show.py", "compare", last, uninterrupted[0] / "run" / "last.pt", "--limit",
          "1", "--out", tmp_path / "out")
     here(0, "clusters.png", "tools/show.py", "clusters", last)                    # of labelled data, too
-    ends(2, "--classes 8, now 9", "train.py", *RUN, "--classes", "9", "--out", tmp_path / "run")
+    here(2, "--classes 8, now 9", "train.py", *RUN, "--classes", "9", "--out", tmp_path / "run")
     source = data.Shapes()
     source.things = 8                                     # last.pt has classes also before the first scores
     assert train.Trainer(options(), small_vit(), source, {}, torch.device("cpu")).assignment == [0] * 9
@@ -3511,7 +3522,7 @@ def test_predictions_have_the_images_own_size_and_class_indices(uninterrupted, t
     save(photos / "a.png", Image.fromarray(data.shapes(1, 96)[0]).resize((75, 50)))
     save(photos / "sub" / "b.jpg", Image.fromarray(data.shapes(2, 96)[0]).convert("CMYK").resize((33, 91)))
     for extra in ([], ["--native"], ["--par"]):
-        ends(0, "wrote 2 masks", "eval.py", checkpoint, "--predict", photos, "--out", out, *extra)
+        here(0, "wrote 2 masks", "eval.py", checkpoint, "--predict", photos, "--out", out, *extra)
         shares = json.loads((out / "predictions.json").read_text())
         for name, size in (("a", (75, 50)), ("sub/b", (33, 91))):
             with Image.open(out / f"{name}_mask.png") as mask:
@@ -3523,7 +3534,7 @@ def test_predictions_have_the_images_own_size_and_class_indices(uninterrupted, t
             assert Image.open(out / f"{name}_overlay.png").size == size
     assert sorted(p.name for p in out.rglob("*") if p.is_file()) == [
         "a_mask.png", "a_overlay.png", "b_mask.png", "b_overlay.png", "legend.png", "predictions.json"]
-    ends(0, "wrote 1 masks", "eval.py", checkpoint, "--predict", photos / "a.png", photos / "sub",
+    here(0, "wrote 1 masks", "eval.py", checkpoint, "--predict", photos / "a.png", photos / "sub",
          "--limit", "1", "--out", tmp_path / "one")       # several paths
     exif, loaded = Image.Exif(), evaluation.load_checkpoint(checkpoint)
     exif[0x112] = 6
@@ -3715,9 +3726,11 @@ def test_too_little_memory_of_the_machine_is_one_line_and_exit_code_2(monkeypatc
     ("tools/show.py explain RUN none.png", "none.png: "),
     ("eval.py RUN --predict README.md", "1 of 1 images have no mask"),
     ("eval.py RUN --predict assets --out /proc/nowhere", "/proc/nowhere: No such file or directory")])
-def test_what_a_user_asks_wrong_of_a_run_is_one_line_and_exit_code_2(uninterrupted, tmp_path, args, message):
+def test_what_a_user_asks_wrong_of_a_run_is_one_line_and_exit_code_2(
+        uninterrupted, tmp_path, monkeypatch, args, message):
+    monkeypatch.chdir(HERE)
     args = args.replace("RUN", str(uninterrupted[0] / "run")).split()
-    text = ends(2, message, *args, *(() if "--out" in args else ("--out", tmp_path / "out")))
+    text = here(2, message, *args, *(() if "--out" in args else ("--out", tmp_path / "out")))
     assert text.splitlines()[-1].startswith(Path(args[0]).name + ": "), text
 
 
@@ -3730,7 +3743,7 @@ def test_checkpoints_that_are_truncated_foreign_or_carry_code_are_named(tmp_path
     torch.save({"x": Payload()}, tmp_path / "code.pt")
     torch.save({"x": 1}, tmp_path / "other.pt")
     torch.save(torch.load(whole, weights_only=True) | {"student": {}}, tmp_path / "unfit.pt")
-    text = ends(2, words, "eval.py", tmp_path / name)
+    text = here(2, words, "eval.py", tmp_path / name)
     assert "must never run" not in text and text.count("\n") == 1
 
 
@@ -4388,7 +4401,7 @@ def run_of(out, *args, method=train.Trainer):
     args = parse(["--limit", "6", "--epochs", "2", "--batch", "3", "--size", "64", "--teacher-start", "1",
                   "--threshold", "0.3", "--out", out, *args])
     train.main(args, Recorder)
-    if (Path(args.out) / "last.pt").exists():
+    if (Path(args.out) / "log.jsonl").exists():
         result["out"] = Path(args.out).parent
     return result
 
@@ -4470,6 +4483,7 @@ def test_every_option_of_a_run_changes_what_it_names_and_nothing_else(tmp_path, 
     assert np.allclose(np.array(shown.groups(), float), np.mean(logged, 0), atol=6e-5)
     run_of("runs/0", "--epochs", "3")                     # goes on
     assert [n for stage, n in planned if stage == "step"] == [4, 2]
+    monkeypatch.setattr(train, "save_checkpoint", lambda *args: None)             # a third of the time
     results = see_what_changes(OF_A_RUN, run)
     for name, value in results["--accumulate 3"].items():
         if name not in ("micro_batches", "out"):
