@@ -93,7 +93,8 @@ def spans(n, s, patch):
 
     A window reaches s // 2 patches from its centre to both sides: it has s patches where s is odd, but s + 1
     where s is even. Even s: half a side apart, and one more that ends at the far border. Odd s: a side apart,
-    from s on, so that the first patches are in no window. TransFGU leaves out each window's last pixel.
+    from s on, so that the first patches, and often the last, are in no window. TransFGU leaves out each
+    window's last pixel.
     """
     reach = s // 2
     if s % 2:

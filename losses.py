@@ -158,10 +158,12 @@ def balanced_mean(ce_map, label, group, n_pixels=None):
                without a group adds nothing to it. A group that the whole batch lacks does not count
     """
     n_pixels = pixels_of_classes(label, len(group)) if n_pixels is None else n_pixels
-    of_group = torch.zeros_like(n_pixels).scatter_add_(0, group, n_pixels)        # (N,), 0: no such group
-    n_groups = (of_group > 0).sum()
-    weight = 1 / (of_group[group].clamp(min=1) * n_groups.clamp(min=1))           # (N,), of a class's pixels
-    return (ce_map * look_up(weight, label, 0)).sum()
+    # (N,): the pixels of group g at place g, 0 where there is no group g
+    pixels_of_group = torch.zeros_like(n_pixels).scatter_add_(0, group, n_pixels)
+    n_groups = (pixels_of_group > 0).sum()
+    weight_of_group = 1 / (pixels_of_group.clamp(min=1) * n_groups.clamp(min=1))  # (N,), of a pixel
+    weight_of_class = weight_of_group[group]                                      # (N,), of a pixel
+    return (ce_map * look_up(weight_of_class, label, 0)).sum()
 
 
 def similarity(class_embeddings):

@@ -141,10 +141,10 @@ class PAR(nn.Module):
                              f"(B, C, h, w) expected")
         B, _, H, W = image.shape
         masks = F.interpolate(full(masks), size=(H, W), mode="bilinear", align_corners=True)
-        if self.compiled or torch.compiler.is_compiling():            # the latter also by torch.export
+        if self.compiled or torch.compiler.is_compiling():            # by torch.compile or torch.export
             return self.by_definition(image, masks)
         pixels = PIXELS_AT_ONCE["cuda" if image.is_cuda else "cpu"]
-        n = min(B, max(1, pixels // (H * W)))             # images together
+        n = max(1, min(B, pixels // (H * W)))             # images together
         index = neighbour_index(n, H, W, self.dilations, image.device)            # (n HW, N)
         return torch.cat([self.by_table(*some, index) for some in zip(image.split(n), masks.split(n))])
 

@@ -546,8 +546,8 @@ class Trainer:
         raises   FloatingPointError, on all processes, if a loss or gradient is not finite; nothing has moved
         """
         args, network = self.args, self.network
-        # L_CE's second term, - alpha * CE(logits, permutation[label]), begins with the teacher (VOC: epoch
-        # 6); alpha is 0.03 in that epoch and grows to 0.1 in the eighth from there (losses.py: `permuted`)
+        # L_CE's second term, - alpha * CE(logits, permutation[label]), begins with the teacher: on VOC alpha
+        # is 0.03 in epoch 6 and grows to 0.1 in epoch 13 (losses.py: `permuted`)
         permutation, alpha, age = None, 0.0, self.teacher_age(epoch)
         if age is not None:                               # one for the whole batch, the same on every process
             rng = np.random.default_rng((args.seed, epoch, step))
@@ -706,7 +706,7 @@ def cached_labels(args, source):
     labels = cached_squashed(args, "val-labels", source,
                              lambda i, size: data.squash(source.label(i), size, "nearest"))
     if RANK == 0:
-        pixels = sum(np.bincount(label.flatten(), minlength=256) for label in labels)     # (256,)
+        pixels = sum(np.bincount(labels[i].flatten(), minlength=256) for i in range(len(labels)))
         print(f"val: {data.class_shares(pixels, source.names)}", flush=True)
     return labels
 
@@ -857,7 +857,7 @@ def score_cams(trainer, cams, labels):
         truth = labels[chunk]                                                     # (b, S, S)
         clusters = enlarged(masks, truth.shape[1:]).argmax(1)                     # (b, S, S)
         confusion += confusion_matrix(truth, clusters.cpu(), n_classes, N)
-    all_reduce_sum(confusion)
+    confusion = all_reduce_sum(confusion)
     trivial = torch.zeros_like(confusion)
     trivial[:, 0] = confusion.sum(1)                      # all pixels predicted as one cluster
     coarse, trivial_scores = scores(confusion), scores(trivial)
