@@ -91,17 +91,15 @@ def spans(n, s, patch):
             [ - 4 - ]                             [ 6 ]
               [ - 5 - ]
 
-    A window reaches s // 2 patches from its centre to both sides: it has s patches where s is odd, but s + 1
-    where s is even. Even s: half a side apart, and one more that ends at the far border. Odd s: a side apart,
-    from s on, so that the first patches, and often the last, are in no window. TransFGU leaves out each
-    window's last pixel.
+    Even s: windows of s + 1 patches, half a side apart, and one more that ends at the far border. Odd s: of s
+    patches, a side apart and centred on s, 2 s ..: the first patches, and often the last, are in none.
     """
-    reach = s // 2
     if s % 2:
-        centres = range(s, n - reach, s)
+        starts, length = range(s - s // 2, n - s + 1, s), s                       # in patches
     else:
-        centres = sorted({*range(reach, n - reach, reach), n - 1 - reach})
-    return [((centre - reach) * patch, (centre + reach + 1) * patch - 1) for centre in centres]
+        starts, length = sorted({*range(0, n - s, s // 2), n - s - 1}), s + 1
+    # without the last pixel, as in TransFGU
+    return [(start * patch, (start + length) * patch - 1) for start in starts]
 
 
 def windows(h, w, patch, scales=THING_SCALES):

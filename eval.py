@@ -259,19 +259,20 @@ def segment_photograph(network, checkpoint, image, native=False, par=None, flip=
         resized = whole_patches(image, network.vit.patch_size)
     else:
         resized = data.squash(image, checkpoint["args"]["size"], antialias=True)
-    size = at_most(image.shape)
-    logits = mask_logits(network, checkpoint["rates"], resized[None], size, par, flip)[0].cpu()   # (N, h, w)
-    return np.array(checkpoint["assignment"], np.uint8)[enlarged_argmax(logits, *image.shape[:2])]
+    capped = at_most(image.shape)                         # all clusters of 12 megapixels would take 1 GB
+    logits = mask_logits(network, checkpoint["rates"], resized[None], capped, par, flip)[0].cpu()
+    clusters = enlarged_argmax(logits, *image.shape[:2])                          # (H, W)
+    return np.array(checkpoint["assignment"], np.uint8)[clusters]
 
 
 def enlarged_argmax(logits, H, W):
-    """Arg max of logits (N, h, w) that are enlarged to H x W: uint8 (H, W).
+    """Arg max of logits (N, h, w) that are enlarged to H x W, one channel at a time: uint8 (H, W).
 
-    One channel at a time: 20 of 12 megapixels would take 1 GB.
+    Only channels that are somewhere the highest of h x w take part.
     """
     best = np.zeros((H, W), np.uint8)
     highest = np.full((H, W), -np.inf, np.float32)
-    for channel in logits.argmax(0).unique():             # those that are anywhere the highest
+    for channel in logits.argmax(0).unique():
         plane = np.array(Image.fromarray(logits[channel].numpy()).resize((W, H), Image.BILINEAR))
         best[plane > highest] = channel
         np.maximum(highest, plane, out=highest)

@@ -153,9 +153,11 @@ def pixels_of_classes(label, N):
 def balanced_mean(ce_map, label, group, n_pixels=None):
     """Mean of a map (B, H, W) over groups of classes, each of which counts the same; void none.
 
-    group      (N,) int64, the group of each class, a number from 0 to N - 1
-    n_pixels   (N,) pixels of each class; default: those of `label`. In training of the whole batch: a crop
-               without a group adds nothing to it. A group that the whole batch lacks does not count
+    group      (N,) int64, the group of each class, a number from 0 to N - 1; AFA's are background and
+               foreground, 0 1 1 ..
+    n_pixels   (N,) pixels of each class; default: those of `label`. In training they are the whole batch's,
+               so that a crop without background adds nothing to that group, and the rest weighs as ever. A
+               group without any pixel does not count
     """
     n_pixels = pixels_of_classes(label, len(group)) if n_pixels is None else n_pixels
     # (N,): the pixels of group g at place g, 0 where there is no group g
@@ -172,7 +174,7 @@ def similarity(class_embeddings):
     if N < 2:
         raise ValueError(f"class embeddings {tuple(class_embeddings.shape)}: at least two classes expected")
     c = full(class_embeddings)
-    # as the decoder gives them their lengths are 1 but for rounding, constants without a gradient (TransFGU)
+    # the decoder gives them a length of 1 but for rounding: a constant, without a gradient (TransFGU)
     unit = c / c.norm(dim=2, keepdim=True).detach()                               # (B, N, D)
     cosine = unit @ unit.transpose(1, 2)                                          # (B, N, N)
     i, j = torch.triu_indices(N, N, offset=1, device=c.device)

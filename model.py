@@ -322,10 +322,11 @@ class Head(nn.Module):
 
 
 class DMSA(nn.Module):
-    """Frozen ViT with a student and a teacher head.
+    """Frozen ViT, all of it, with a student and a teacher head.
 
     The student trains, all of it. The teacher is the moving average of the student's parameters over the
-    optimizer's steps, from the first one on; it takes part in train.py's labels after some epochs (VOC: 5).
+    optimizer's steps, from the first one on; in train.py's labels it takes part after some epochs (VOC: from
+    epoch 6 on).
 
     vit        pretrained VisionTransformer; frozen here
     n_classes  N, background included

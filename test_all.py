@@ -3436,10 +3436,9 @@ def test_the_ablation_trains_its_rows_and_compares_them_seed_by_seed(tmp_path):
     here(2, "--momentum 0.97, now 0.9", *go, "2", "--momentum", "0.9")
 
 
-def test_each_class_counts_the_same_in_l_seg_of_shapes_and_a_folder_and_afas_two_groups_elsewhere():
+def test_each_class_counts_the_same_in_l_seg_of_a_folder_and_foreground_and_background_elsewhere():
     balance = {name: options("--data", name, "--root", "x").balance for name in train.BY_DATA_SET}
-    assert balance.pop("folder") == balance.pop("shapes") == "classes"
-    assert set(balance.values()) == {"foreground"}
+    assert balance.pop("folder") == "classes" and set(balance.values()) == {"foreground"}
     groups = [trainer_of("--balance", by, source=Stuff).group.tolist() for by in ("classes", "foreground")]
     assert groups == [[0, 1, 2, 3, 4, 5], [1, 1, 0, 0, 0, 0]]                     # two things, four of stuff
 
@@ -4434,7 +4433,7 @@ OF_A_RUN = {
     "--teacher-start": [("--teacher-start 0", "", LABEL), ("--teacher-start 2", "", "taught")],
     "--teacher-weight": [("--teacher-weight 0.95", "", "taught")],
     "--momentum": [("--momentum 0.1", "", "teacher taught")],
-    "--balance": [("--balance foreground", "", "seg all " + LATER), ("--balance classes", "", "")],
+    "--balance": [("--balance classes", "", "seg all " + LATER), ("--balance foreground", "", "")],
     "--lambdas": [(f"--lambdas {lambdas}", "", "all " + LATER)
                   for lambdas in ("2 1 0.1 1", "0.3 2 0.1 1", "0.3 1 1 1", "0.3 1 0.1 3")],
     "--epochs": [("--epochs 3", "", "steps")],

@@ -191,7 +191,7 @@ def parse(argv=None, *parsers, **settings):
 BY_DATA_SET = {
     "shapes": dict(backbone="tiny", size=192, crop=96, large=128, window=96, repeat=1,     # decision 26
                    epochs=10, batch=8, lr=5e-4, momentum=0.97, teacher_start=4, par=[1, 2, 8, 16],
-                   balance="classes", lambdas=[0.3, 1.0, 0.1, 1.0], jitter=[0.4, 0.4, 0.4, 0.05]),
+                   lambdas=[0.3, 1.0, 0.1, 1.0], jitter=[0.4, 0.4, 0.4, 0.05]),
     "voc": dict(),
     "voc-aug": dict(repeat=1, epochs=150, lr=1e-5, lambdas=[0.1, 1.0, 0.3, 1.0]),
     "coco80": dict(scales=cam.SCENE_SCALES, repeat=1, epochs=200, batch=256, lambdas=[0.1, 1.0, 0.3, 1.0],
@@ -492,7 +492,7 @@ class Trainer:
         self.assignment = list(range(N)) if args.data == "folder" else [0] * N
 
     def rates(self, epoch):
-        """Table 1's row of this epoch, or DeepLabV3+'s rates in every epoch."""
+        """Table 1's row of this epoch, or DeepLabV3+'s in every epoch; a checkpoint keeps its own."""
         return DEEPLAB_RATES if self.args.aspp == "static" else dilation_rates(epoch)
 
     def teacher_age(self, epoch):
@@ -518,7 +518,7 @@ class Trainer:
         for batch in micro_batches:
             # PAR sees the crop before colour jitter, the network after it (decision 24)
             image = data.crop(batch.image, batch.draws, H)                        # (b, 3, H, H) in 0..1
-            # the same square of the maps; each of its h x h patches is the mean of the area that it covers
+            # the same square of the maps, averaged over each of its h x h patches
             cams = data.crop(batch.cams, batch.draws, h, "area")                  # (b, K, h, h)
             teacher_logits = None
             with self.low_precision():
@@ -808,7 +808,8 @@ def score_val(trainer, images, labels, epoch, kept):
 
     Returns them, a dict, and the class of each of the student's clusters: one to one by Hungarian matching on
     all pixels of val; of clusters that are left over the class of most of their pixels (eval.py: `scores`).
-    It is kept in trainer.assignment and the checkpoint. kept: see `kept_features`
+    It is kept in trainer.assignment and the checkpoint, for predictions; eval.py matches anew what it scores.
+    kept: see `kept_features`
     """
     network, rates = trainer.network.eval(), trainer.rates(epoch)
     n_classes, N = len(trainer.source.names), n_channels(trainer.source)
