@@ -284,7 +284,8 @@ def enlarged_argmax(logits, H, W):
 
 
 class Progress:
-    """Says how far a stage is and how long it will take: on a terminal each second, else each half minute.
+    """Says how far a stage, also of train.py, is and how long it will take: each second on a terminal, else each
+    half minute.
 
     Called with the number of steps that are done, of `total`. A terminal shows the last line only.
     """

@@ -159,7 +159,7 @@ class PAR(nn.Module):
     def by_table(self, image, masks, index):
         """n images (n, 3, H, W), masks (n, C, H, W), `neighbour_index` of n or more -> (n, C, H, W)."""
         n, C, H, W = masks.shape
-        k = affinity(image, self.dilations, self.omega3, self.bandwidth)          # (n, N, H, W)
+        k = self.affinity(image, self.dilations, self.omega3, self.bandwidth)     # (n, N, H, W)
         weights = table(k.to(masks.dtype))                                        # (n HW, N)
         del k                                             # as large as the weights: free it
         index = index[:n * H * W]                         # (n HW, N); the last images may be fewer

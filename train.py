@@ -283,13 +283,13 @@ def cached_squashed(args, name, source, read):
     """read(i, S), image or label of `source`, squashed: PerImage (n, S, S[, 3]) uint8."""
     def squashed(shard):
         try:
-            return np.stack(list(pool.map(lambda i: read(i, args.size), shard)))
+            with ThreadPoolExecutor(args.workers) as pool:
+                return np.stack(list(pool.map(lambda i: read(i, args.size), shard)))
         except UserError:
             data.raise_unreadable(source)                 # one line for all bad files of the split
             raise
 
-    with ThreadPoolExecutor(args.workers) as pool:
-        return PerImage(cached_shards(args, name, [identity(source), args.size], len(source), squashed))
+    return PerImage(cached_shards(args, name, [identity(source), args.size], len(source), squashed))
 
 
 @lru_cache                                                # COCO has 240,000 files
