@@ -284,10 +284,9 @@ def enlarged_argmax(logits, H, W):
 
 
 class Progress:
-    """Says how far a stage, also of train.py, is and how long it will take: each second on a terminal, else each
-    half minute.
+    """Says how far a stage, also of train.py, is and how long it will take.
 
-    Called with the number of steps that are done, of `total`. A terminal shows the last line only.
+    It does so each second on a terminal, else each half minute. Called with the number of steps that are done, of `total`. A terminal shows the last line only.
     """
 
     def __init__(self, stage, total):
