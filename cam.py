@@ -87,9 +87,9 @@ def spans(n, s, patch):
     """Windows of side s along an axis of n patches, 0 < s < n (TransFGU): a list of (start, end) in pixels.
 
         0 1 2 3 4 5 6 7    n = 8        0 1 2 3 4 5 6 7    n = 8
-        [ - 2 - ]          s = 4            [ 3 ]          s = 3
-            [ - 4 - ]                             [ 6 ]
-              [ - 5 - ]
+        [ - - - ]          s = 4            [ - ]          s = 3
+            [ - - - ]                             [ - ]
+              [ - - - ]
 
     Even s: windows of s + 1 patches, half a side apart, and one more that ends at the far border. Odd s: of s
     patches, a side apart and centred on s, 2 s ..: the first patches, and often the last, are in none.

@@ -9,9 +9,9 @@
 
 Clusters have no names. An assignment of clusters to classes, one to one, is found on the labelled split so
 that most pixels are right (Hungarian matching), and only then is anything scored. This is TransFGU's protocol
-(decision 20, which is row 20 of docs/decisions.md). A cluster here is a channel of the prediction, be it the
-background's, so that there are K clusters of k-means and one. A run on a folder has no labels: there
-clusters are classes, and a user names them in names.txt.
+(decision 20, which is row 20 of docs/decisions.md). A cluster here is a channel of the prediction: one of
+k-means' K, or the background where there is one. A run on a folder has no labels: there clusters are classes,
+and a user names them in names.txt.
 """
 
 import argparse
@@ -286,7 +286,8 @@ def enlarged_argmax(logits, H, W):
 class Progress:
     """Says how far a stage, also of train.py, is and how long it will take.
 
-    It does so each second on a terminal, else each half minute. Called with the number of steps that are done, of `total`. A terminal shows the last line only.
+    It does so each second on a terminal, which shows the last line only, else each half minute. Called with
+    the number of steps that are done, of `total`.
     """
 
     def __init__(self, stage, total):

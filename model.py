@@ -63,7 +63,7 @@ def normalise(image):
 
 
 def initialize(module):
-    """Normal of deviation 0.02, cut at two, for every linear layer; zero biases (as DINO, Segmenter)."""
+    """Normal of deviation 0.02, cut at -2 and 2, for every linear layer; zero biases (as DINO, Segmenter)."""
     for m in module.modules():
         if isinstance(m, nn.Linear):
             nn.init.trunc_normal_(m.weight, std=0.02)

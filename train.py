@@ -92,7 +92,7 @@ def parse(argv=None, *parsers, **settings):
              "20). More are allowed, but not for cocostuff27")
     p.add_argument("--limit", type=positive, metavar="N", help="use the first N images of each split (all)")
     p.add_argument("--out", metavar="DIR",
-        help="run folder (runs/DATA SET); caches go beside it, to runs/cache")
+        help="run folder (runs/DATA SET); caches go to the folder cache beside it")
     p.add_argument("--seed", type=number(int, 0, 2 ** 32 - 1), default=0, metavar="N",
         help="of everything; for shapes also of the scenes (%(default)s)")
     p.add_argument("--dry-run", action="store_true",
