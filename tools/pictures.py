@@ -303,7 +303,7 @@ def cluster_sheet(network, checkpoint, source, columns=6):
     for c in np.unique(checkpoint["assignment"]):
         shows = pixels[:, c] > 0                          # (n,) which images
         share = f"{100 * pixels[:, c].sum() / pixels.sum():.1f} % of all pixels"
-        where = f"in {shows.sum()} of {len(chosen)} images" if shows.any() else "lost: in no image"
+        where = f"{shows.sum()} of {len(chosen)} images" if shows.any() else "lost: in no image"
         row = [class_tile(colours[c], [str(c), names[c], share, where])]
         for i in (-pixels[:, c]).argsort(kind="stable")[:min(columns, shows.sum())]:
             row.append(shown_alone(source.image(chosen[i]), masks[i] == c, colours))
