@@ -534,7 +534,8 @@ class Trainer:
             confident = confident_patches(cams, background, args.threshold)       # (b, h, h)
             confident = F.interpolate(confident[:, None].float(), (H, H), mode="nearest")[:, 0].bool()
             targets.append(Target(features, refined.argmax(1), confident))
-        return targets, sum(pixel_counts(t.label, t.confident, len(self.group)) for t in targets)
+        N = n_channels(self.source)
+        return targets, sum(pixel_counts(t.label, t.confident, N) for t in targets)
 
     def train_step(self, targets, counts, epoch, step):
         """Fig. 2, bottom: the losses of the targets, their gradients summed over all processes, one step.
@@ -551,7 +552,8 @@ class Trainer:
         permutation, alpha, age = None, 0.0, self.teacher_age(epoch)
         if age is not None:                               # one for the whole batch, the same on every process
             rng = np.random.default_rng((args.seed, epoch, step))
-            permutation = torch.tensor(rng.permutation(len(self.group))).to(self.device, non_blocking=True)
+            permutation = torch.tensor(rng.permutation(n_channels(self.source)))
+            permutation = permutation.to(self.device, non_blocking=True)                  # (N,)
             alpha = permutation_weight(age)
 
         self.optimizer.zero_grad()

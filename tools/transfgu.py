@@ -86,7 +86,8 @@ class TransFGU(train.Trainer):
             masks = pseudo_masks(cams, teacher_logits, args.teacher_weight, background, args.threshold)
             confident = confident_patches(cams, background, args.threshold)       # (b, h, w)
             targets.append(train.Target(features, masks.argmax(1), confident))
-        return targets, sum(pixel_counts(t.label, t.confident, len(self.group)) for t in targets)
+        N = train.n_channels(self.source)
+        return targets, sum(pixel_counts(t.label, t.confident, N) for t in targets)
 
     def train_step(self, targets, counts, epoch, step):
         """Trainer.train_step; each process and step has its own dropout, also in a run that goes on."""
