@@ -3028,7 +3028,7 @@ def test_a_run_writes_its_files_and_logs_every_key(uninterrupted):
 
 
 # (2, 2) cuts batches of 6 into 2 + 2 + 1 + 1
-@pytest.mark.parametrize("world, accumulate", [(3, 1), (2, 2)])
+@pytest.mark.parametrize("world, accumulate", [(2, 1), (3, 2), (2, 2)])
 def test_any_number_of_processes_and_micro_batches_gives_the_same_run(
         uninterrupted, tmp_path, world, accumulate):
     """Caches bitwise; losses and weights up to float32 summation order, which Adam's division can enlarge."""
