@@ -150,21 +150,23 @@ def pixels_of_classes(label, N):
     return n_pixels.scatter_add_(0, of_pixel, torch.ones_like(of_pixel))[:-1]     # bincount makes a GPU wait
 
 
-def balanced_mean(ce_map, label, group, n_pixels=None):
-    """Mean of a map (B, H, W) over groups of classes, each of which counts the same; void none.
+def balanced_mean(ce_map, label, things, by_class, n_pixels=None):
+    """Mean of a map (B, H, W) over foreground and background, each of which counts one half; void none.
 
-    group      (N,) int64, the group of each class, a number from 0 to N - 1; AFA's are background and
-               foreground, 0 1 1 ..
+    things     (N,) bool, the classes that are foreground; all others are background
+    by_class   within a half each class counts the same (decision 13); else each pixel, as in AFA
     n_pixels   (N,) pixels of each class; default: those of `label`. In training they are the whole batch's,
-               so that a crop without background adds nothing to that group, and the rest weighs as ever. A
-               group without any pixel does not count
+               so that a crop without background adds nothing to that half, and the rest weighs as ever. A
+               class, or a half, without any pixel does not count
     """
-    n_pixels = pixels_of_classes(label, len(group)) if n_pixels is None else n_pixels
-    # (N,): the pixels of group g at place g, 0 where there is no group g
-    pixels_of_group = torch.zeros_like(n_pixels).scatter_add_(0, group, n_pixels)
-    n_groups = (pixels_of_group > 0).sum()
-    weight_of_group = 1 / (pixels_of_group.clamp(min=1) * n_groups.clamp(min=1))  # (N,), of a pixel
-    weight_of_class = weight_of_group[group]                                      # (N,), of a pixel
+    n_pixels = pixels_of_classes(label, len(things)) if n_pixels is None else n_pixels
+    halves = torch.stack([things, ~things]) & (n_pixels > 0)                  # (2, N), the classes of each
+    if by_class:
+        divisor = n_pixels * halves.sum(1, keepdim=True)                          # (2, N), pixels x classes
+    else:
+        divisor = (n_pixels * halves).sum(1, keepdim=True)                        # (2, 1), pixels of a half
+    n_halves = halves.any(1).sum()
+    weight_of_class = (halves / (divisor * n_halves).clamp(min=1)).sum(0)           # (N,), of a pixel of each
     return (ce_map * look_up(weight_of_class, label, 0)).sum()
 
 
@@ -197,8 +199,8 @@ def pixel_counts(label, confident, N):
     return torch.cat([n_images[None], n_confident[None], pixels_of_classes(label, N)])
 
 
-def dmsa_losses(logits, class_embeddings, label, confident, counts, group, lambdas, background=True,
-                permutation=None, alpha=0.0):
+def dmsa_losses(logits, class_embeddings, label, confident, counts, things, by_class, lambdas,
+                background=True, permutation=None, alpha=0.0):
     """Eq. 6 for a micro-batch. Returns {"seg", "ce", "un", "cls", "all"}, each ().
 
     logits            (B, N, H, W)
@@ -207,14 +209,14 @@ def dmsa_losses(logits, class_embeddings, label, confident, counts, group, lambd
     confident         (B, H, W)     bool, pixels that count in L_un: those in whose patch the CAM of some
                                     class exceeds the threshold, 0.1; without a background all
     counts            (2 + N,)      `pixel_counts` of the whole batch
-    group             (N,)          int64, the groups of classes that count the same in L_seg
+    things, by_class                as for `balanced_mean`
     lambdas           lambda_1 .. lambda_4
     background        channel 0 is background, and does not compete in L_un: its softmax goes over the others
     permutation, alpha              as for `permuted`
     """
     n_images, n_confident, n_pixels = counts[0], counts[1], counts[2:]            # as `pixel_counts` has them
     ce_map = cross_entropy(logits, label)                                         # (B, H, W)
-    seg = balanced_mean(ce_map, label, group, n_pixels)                           # L_seg
+    seg = balanced_mean(ce_map, label, things, by_class, n_pixels)                # L_seg
     ce_less_other = permuted(ce_map, logits, label, permutation, alpha)           # (B, H, W)
     ce = mean_over(ce_less_other, label != VOID, n_pixels.sum())                  # L_CE
     un_map = doubt(logits[:, 1:] if background else logits)                       # (B, H, W)
@@ -243,17 +245,17 @@ def cross_entropy_loss(logits, label, permutation=None, alpha=0.0):
     return mean_over(permuted(ce_map, logits, label, permutation, alpha), label != VOID)
 
 
-def segmentation_loss(logits, label, group=None):
-    """L_seg of Eq. 6: the mean CE over groups of classes, each of which counts the same (decision 13).
+def segmentation_loss(logits, label, things=None, by_class=False):
+    """L_seg of Eq. 6: the mean CE over foreground and background, each counts one half (decision 13).
 
     logits      (B, N, H, W)
     label       (B, H, W)     integers in 0..N-1; pixels of value 255 do not count
-    group       (N,)          int64, the group of each class, a number from 0 to N - 1; torch.arange(N): each
-                              class by itself. Default: background and foreground, 0 1 1 .., as in AFA
-    returns     ()            groups without a pixel do not count (AFA's is NaN then)
+    things      (N,)          bool, the classes that are foreground. Default: all but class 0
+    by_class                  within a half each class counts the same; else each pixel, as in AFA
+    returns     ()            a class, or a half, without a pixel does not count (AFA's is NaN then)
     """
-    group = (torch.arange(logits.shape[1], device=logits.device) > 0).long() if group is None else group
-    return balanced_mean(cross_entropy(logits, label), label, group)
+    things = torch.arange(logits.shape[1], device=logits.device) > 0 if things is None else things
+    return balanced_mean(cross_entropy(logits, label), label, things, by_class)
 
 
 def uncertainty_loss(logits, confident):

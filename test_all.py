@@ -306,20 +306,26 @@ def test_the_four_losses_are_those_of_the_textbook():
     ce = -p.gather(4, label[..., None, None])[..., 0, 0].log()
     pushed = -p.gather(4, permutation[label][..., None, None])[..., 0, 0].log()
     assert_close(losses.cross_entropy_loss(logits, label, permutation, 0.05), (ce - 0.05 * pushed).mean())
-    label[0, 0], foreground = torch.arange(3), torch.tensor([0, 1, 1, 1])
+    label[0, :, 0] = torch.arange(3)                      # each of them occurs, the last one does not
+    label, void = label.clamp(max=2), torch.where(label == 1, 255, label.clamp(max=2))
     ce = -p.gather(4, label[..., None, None])[..., 0, 0].log()
-    by_class = torch.stack([ce[label == c].mean() for c in label.unique()]).mean()
-    assert_close(losses.segmentation_loss(logits, label, torch.arange(4)), by_class)
-    for group in (None, foreground):
-        assert_close(losses.segmentation_loss(logits, label, group),
-                     (ce[label == 0].mean() + ce[label > 0].mean()) / 2)
-    void = torch.where(label == 2, 255, label)
-    assert_close(losses.segmentation_loss(logits, void, foreground),
-                 (ce[label == 0].mean() + ce[(label > 0) & (label != 2)].mean()) / 2)
-    for value in (0, 1):                                  # what does not occur does not count, and is not NaN
-        for group in (torch.arange(4), foreground):
-            assert_close(losses.segmentation_loss(logits, torch.full_like(label, value), group),
+    of_class, pixels = [ce[label == c].mean() for c in range(3)], [(label == c).sum() for c in range(3)]
+    assert len(set(map(int, pixels))) == 3                # of different sizes
+    for things in (None, torch.tensor([False, True, True, True])):
+        assert_close(losses.segmentation_loss(logits, label, things, by_class=True),
+                     (of_class[0] + (of_class[1] + of_class[2]) / 2) / 2)
+        assert_close(losses.segmentation_loss(logits, label, things),
+                     (of_class[0] + ce[label > 0].mean()) / 2)
+    for by_class in (False, True):                        # a class that does not occur does not count
+        assert_close(losses.segmentation_loss(logits, void, None, by_class), (of_class[0] + of_class[2]) / 2)
+    things = torch.tensor([True, False, True, False])     # whichever classes are things
+    assert_close(losses.segmentation_loss(logits, label, things, True),
+                 (of_class[1] + (of_class[0] + of_class[2]) / 2) / 2)
+    for value in (0, 1):                                  # nor does a half, and it is not NaN
+        for by_class in (False, True):
+            assert_close(losses.segmentation_loss(logits, torch.full_like(label, value), None, by_class),
                          F.cross_entropy(logits, torch.full_like(label, value)))
+        assert losses.segmentation_loss(logits, torch.full_like(label, 255), None, by_class) == 0
 
     best = torch.tensor([[0.5, 0.2, 0.3], [0.9, 0.1, 0.0], [0.4, 0.4, 0.2]]).T.reshape(1, 3, 1, 3)
     doubt = lambda pixels: losses.uncertainty_loss((best + 1e-9).log(), torch.tensor([[pixels]])).item()
@@ -385,7 +391,7 @@ def test_losses_and_counts_leave_out_255_and_take_any_integers():
     assert counts.tolist() == [2, (label > 0).sum(), *((kept[1] == c).sum() for c in range(3))]
     marked[:], confident = 255, label < 0                 # no pixel counts: 0, not NaN
     counts = losses.pixel_counts(marked.long(), confident, 3)
-    found = losses.dmsa_losses(logits, randn(2, 3, 4), marked, confident, counts, torch.arange(3),
+    found = losses.dmsa_losses(logits, randn(2, 3, 4), marked, confident, counts, torch.arange(3) > 0, True,
                                (1, 1, 1, 0))
     assert found["all"] == 0
 
@@ -451,13 +457,13 @@ def test_network_and_par_export_with_a_dynamic_batch():
 
 
 def test_the_parts_of_a_training_step_compile_without_a_break_and_give_the_same():
-    network, draws, group = model.DMSA(small_vit(depth=1), 4), data.draw(0, 1, [0, 1]), torch.arange(4)
+    network, draws, things = model.DMSA(small_vit(depth=1), 4), data.draw(0, 1, [0, 1]), torch.arange(4) > 0
 
     def step(image, label):
         seen = model.normalise(data.augment(data.crop(image, draws, 32), draws))
         logits, c = network.decode(network.student, network.features(seen), (1, 1, 2, 3))
         counts = losses.pixel_counts(label, label > 1, 4)
-        return losses.dmsa_losses(logits, c, label, label > 1, counts, group, (0.3, 1.0, 0.3, 1.0))["all"]
+        return losses.dmsa_losses(logits, c, label, label > 1, counts, things, True, (0.3, 1, 0.3, 1))["all"]
 
     image, label, masks = torch.rand(2, 3, 64, 64), torch.randint(0, 4, (2, 4, 4)), torch.rand(2, 4, 8, 8)
     for form, inputs in ((step, (image, label)), (par.PAR((1, 2)), (image, masks))):
@@ -489,16 +495,16 @@ def test_a_run_that_shall_compile_without_a_compiler_is_refused_before_it_begins
     assert not list(tmp_path.glob("run/*"))
 
 
-@pytest.mark.parametrize("group", [[0, 1, 2, 3], [0, 1, 1, 1]])
-def test_losses_of_the_micro_batches_of_a_batch_add_up_to_those_of_the_whole(group):
+@pytest.mark.parametrize("by_class", [False, True])
+def test_losses_of_the_micro_batches_of_a_batch_add_up_to_those_of_the_whole(by_class):
     label = torch.randint(0, 4, (6, 5, 5), generator=torch.Generator().manual_seed(0))
     label[:2] = 0                                         # very different shares of foreground
     label[4:] = label[4:].clamp(max=2)                    # a class that one micro-batch alone has
-    foreground, group = label > 1, torch.tensor(group)
+    foreground, things = label > 1, torch.arange(4) > 0
     logits, embeddings = randn(6, 4, 5, 5).requires_grad_(), randn(6, 4, 8).requires_grad_()
     counts = sum(losses.pixel_counts(label[s], foreground[s], 4) for s in (slice(0, 2), slice(2, 6)))
-    run = lambda s: losses.dmsa_losses(logits[s], embeddings[s], label[s], foreground[s], counts, group,
-                                       (0.3, 1, 0.3, 1), True, torch.tensor([1, 2, 3, 0]), 0.05)
+    run = lambda s: losses.dmsa_losses(logits[s], embeddings[s], label[s], foreground[s], counts, things,
+                                       by_class, (0.3, 1, 0.3, 1), True, torch.tensor([1, 2, 3, 0]), 0.05)
     whole = run(slice(0, 6))
     gradient = torch.autograd.grad(whole["all"], (logits, embeddings))
     pieces = [run(slice(i, i + 2)) for i in (0, 2, 4)]
@@ -506,7 +512,7 @@ def test_losses_of_the_micro_batches_of_a_batch_add_up_to_those_of_the_whole(gro
         assert_close(sum(p[name] for p in pieces), whole[name])
     for a, b in zip(torch.autograd.grad(sum(p["all"] for p in pieces), (logits, embeddings)), gradient):
         assert_close(a, b)
-    assert_close(whole["seg"], losses.segmentation_loss(logits, label, group))
+    assert_close(whole["seg"], losses.segmentation_loss(logits, label, None, by_class))
     assert_close(whole["un"], losses.uncertainty_loss(logits[:, 1:], foreground))
     assert_close(whole["all"], 0.3 * whole["seg"] + whole["ce"] + 0.3 * whole["un"] + whole["cls"])
 
@@ -2564,18 +2570,18 @@ def with_registers():
     (1, (1, 1, 2, 3), (), data.Shapes, small_vit), (4, (1, 1, 3, 5), (), data.Shapes, small_vit),
     (8, (1, 3, 6, 9), (), data.Shapes, with_registers), (10, (1, 6, 12, 18), (), Stuff, small_vit),
     (2, (1, 1, 3, 5), ("--coarse", "soft"), Stuff, with_registers),
-    (5, None, ("--aspp", "none", "--balance", "classes"), Stuff, small_vit),
+    (5, None, ("--aspp", "none", "--balance", "pixels"), Stuff, small_vit),
     (8, (1, 6, 12, 18), ("--aspp", "static", "--par"), data.Shapes, small_vit),
     (1, (1, 1, 2, 3), ("--par",), data.Shapes, small_vit),
     (7, (1, 1, 2, 3), ("--aspp-scale", "0.7", "--threshold", "0.3", "--teacher-weight", "0.2", "--lambdas",
                        "1", "0.5", "2", "0.3", "--lr", "0.01", "--momentum", "0.5", "--par", "1", "3",
-                       "--balance", "classes"),
+                       "--balance", "pixels"),
      data.Shapes, small_vit)])
 def test_a_step_is_fig_2_from_crop_to_teacher(epoch, rates, args, source, vit):
     """Every stage written out here, from the textbook; two micro-batches, which make one batch."""
     trainer = trainer_of("--teacher-start", "2", *args, source=source, vit=vit())
     settings, network, background = trainer.args, trainer.network, trainer.source.background
-    N, patch, crop = len(trainer.group), 8, 32
+    N, patch, crop = len(trainer.things), 8, 32
     batches = [micro_batch(trainer, range(2)), micro_batch(trainer, range(2, 5), seed=1)]
     reference = copy.deepcopy(network)
     teaches = epoch > 2
@@ -2641,10 +2647,11 @@ def test_a_step_is_fig_2_from_crop_to_teacher(epoch, rates, args, source, vit):
     ce = F.cross_entropy(logits, label, reduction="none")
     thing = (label > 0) if background else (label < 2)
     assert 0 < thing.float().mean() < 1 and (sure.all() or 0 < sure.float().mean() < 1)
-    if settings.balance == "foreground":
+    if settings.balance == "pixels":
         seg = (ce[thing].mean() + ce[~thing].mean()) / 2
     else:
-        seg = torch.stack([ce[label == c].mean() for c in label.unique()]).mean()
+        halves = [[ce[label == c].mean() for c in label[half].unique()] for half in (thing, ~thing)]
+        seg = sum(torch.stack(half).mean() for half in halves) / 2
     second = 0
     if teaches:
         permutation = torch.from_numpy(np.random.default_rng((settings.seed, epoch, step)).permutation(N))
@@ -3436,11 +3443,11 @@ def test_the_ablation_trains_its_rows_and_compares_them_seed_by_seed(tmp_path):
     here(2, "--momentum 0.97, now 0.9", *go, "2", "--momentum", "0.9")
 
 
-def test_each_class_counts_the_same_in_l_seg_of_a_folder_and_foreground_and_background_elsewhere():
+def test_each_class_counts_the_same_in_a_half_of_l_seg_of_shapes_and_folders_and_each_pixel_elsewhere():
     balance = {name: options("--data", name, "--root", "x").balance for name in train.BY_DATA_SET}
-    assert balance.pop("folder") == "classes" and set(balance.values()) == {"foreground"}
-    groups = [trainer_of("--balance", by, source=Stuff).group.tolist() for by in ("classes", "foreground")]
-    assert groups == [[0, 1, 2, 3, 4, 5], [1, 1, 0, 0, 0, 0]]                     # two things, four of stuff
+    assert balance.pop("folder") == balance.pop("shapes") == "classes" and set(balance.values()) == {"pixels"}
+    assert trainer_of(source=Stuff).things.tolist() == [True, True, False, False, False, False]
+    assert trainer_of().things.tolist() == [False, True, True, True, True, True]
 
 
 def test_each_row_of_the_ablation_leaves_out_what_its_marks_say():
@@ -3775,12 +3782,12 @@ def everything(device):
               "CAM": cam.class_activation_maps(vit, seen, randn(5, 128).to(device)),
               "PAR 160": par.PAR()(larger(160), masks),
               "PAR 1024": par.PAR((1, 2, 4, 8), 3)(larger(1024)[:1], masks[:1])}
-    label, group = torch.from_numpy(labels).long().to(device), torch.arange(6, device=device)
+    label, things = torch.from_numpy(labels).long().to(device), torch.arange(6, device=device) > 0
     label[:, :9] = 255
     counts, permutation = losses.pixel_counts(label, label < 3, 6), torch.arange(6).roll(1).to(device)
     large = F.interpolate(logits.float(), size=label.shape[1:], mode="bilinear")
-    values = losses.dmsa_losses(large, c.float(), label, label < 3, counts, group, (0.3, 1, 0.3, 1), True,
-                                permutation, 0.1)
+    values = losses.dmsa_losses(large, c.float(), label, label < 3, counts, things, True, (0.3, 1, 0.3, 1),
+                                True, permutation, 0.1)
     for name, loss in values.items():
         gradient = torch.autograd.grad(loss, params, retain_graph=True, materialize_grads=True)
         found |= {name: loss, f"gradient of {name}": torch.cat([g.flatten() for g in gradient])}
@@ -4298,7 +4305,7 @@ def test_golden_training_step(z, c, monkeypatch):
     drawn = SimpleNamespace(permutation=lambda n: z["perm"].argsort())
     monkeypatch.setattr(np.random, "default_rng", lambda seed: drawn)
     values = trainer.train_step([train.Target(features, label, confident)],
-                                losses.pixel_counts(label, confident, len(trainer.group)),
+                                losses.pixel_counts(label, confident, len(trainer.things)),
                                 args.teacher_start + 1 + c["epoch"], 0)
     near([values[k] for k in ("ce", "un", "cls", "all")],
          [z[k] for k in ("loss_cat", "loss_uncertainty", "loss_cls_emb", "total")], 1e-5)
@@ -4434,7 +4441,7 @@ OF_A_RUN = {
     "--teacher-start": [("--teacher-start 0", "", LABEL), ("--teacher-start 2", "", "taught")],
     "--teacher-weight": [("--teacher-weight 0.95", "", "taught")],
     "--momentum": [("--momentum 0.1", "", "teacher taught")],
-    "--balance": [("--balance classes", "", "seg all " + LATER), ("--balance foreground", "", "")],
+    "--balance": [("--balance pixels", "", "seg all " + LATER), ("--balance classes", "", "")],
     "--lambdas": [(f"--lambdas {lambdas}", "", "all " + LATER)
                   for lambdas in ("2 1 0.1 1", "0.3 2 0.1 1", "0.3 1 1 1", "0.3 1 0.1 3")],
     "--epochs": [("--epochs 3", "", "steps")],

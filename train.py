@@ -133,9 +133,9 @@ def parse(argv=None, *parsers, **settings):
         help="share of the teacher in the pseudo label (%(default)s; decision 11)")
     p.add_argument("--momentum", type=zero_to_one, default=0.99, metavar="M",
         help="of the moving average (%(default)s; decision 17)")
-    p.add_argument("--balance", choices=("foreground", "classes"), default="foreground",
-        help="what counts the same in L_seg: background and foreground, as in AFA, or each class "
-             "(%(default)s; decision 13)")
+    p.add_argument("--balance", choices=("pixels", "classes"), default="pixels",
+        help="what counts the same within each half of L_seg, foreground and background: pixels, as in AFA, "
+             "or classes (%(default)s; decision 13)")
     p.add_argument("--lambdas", type=factor, nargs=4, default=[0.3, 1.0, 0.3, 1.0],
         metavar=("SEG", "CE", "UN", "CLS"), help="weights of Eq. 6 (%(default)s; decision 16)")
     p.set_defaults(method="dmsa")
@@ -191,7 +191,7 @@ def parse(argv=None, *parsers, **settings):
 BY_DATA_SET = {
     "shapes": dict(backbone="tiny", size=192, crop=96, large=128, window=96, repeat=1,     # decision 26
                    epochs=10, batch=8, lr=5e-4, momentum=0.97, teacher_start=4, par=[1, 2, 8, 16],
-                   lambdas=[0.3, 1.0, 0.1, 1.0], jitter=[0.4, 0.4, 0.4, 0.05]),
+                   balance="classes", lambdas=[0.3, 1.0, 0.1, 1.0], jitter=[0.4, 0.4, 0.4, 0.05]),
     "voc": dict(),
     "voc-aug": dict(repeat=1, epochs=150, lr=1e-5, lambdas=[0.1, 1.0, 0.3, 1.0]),
     "coco80": dict(scales=cam.SCENE_SCALES, repeat=1, epochs=200, batch=256, lambdas=[0.1, 1.0, 0.3, 1.0],
@@ -480,11 +480,9 @@ class Trainer:
             {"params": [p for p in self.params if p.ndim > 1], "weight_decay": 5e-4},
             {"params": [p for p in self.params if p.ndim <= 1], "weight_decay": 0.0}], lr=args.lr)
         self.par = PAR(tuple(args.par), compile=args.compile) if args.par else None
-        # The N channels are the background, if there is one, and the clusters of things, then of stuff. What
-        # counts the same in L_seg: things and all others, as in AFA, or each class (decision 13)
-        things = range(source.background, source.background + source.things)
-        group = list(range(N)) if args.balance == "classes" else [int(n in things) for n in range(N)]
-        self.group = torch.tensor(group, device=device)   # (N,)
+        # the N channels are the background, if there is one, and the clusters of things, then of stuff
+        things = [False] * source.background + [True] * source.things + [False] * source.stuff
+        self.things = torch.tensor(things, device=device) # (N,)
         self.bf16 = use_bf16(args.precision, device)
         self.epoch = 0                                    # how many are done
         self.results = {}                                 # on val: scores of "cam", "last", "best" epoch
@@ -563,7 +561,8 @@ class Trainer:
                 logits, class_embeddings = network.decode(network.student, target.features, self.rates(epoch))
             logits = enlarged(logits.float(), target.label.shape[1:])             # (b, N, H, W)
             loss = dmsa_losses(logits, class_embeddings.float(), target.label, target.confident, counts,
-                               self.group, args.lambdas, self.source.background, permutation, alpha)
+                               self.things, args.balance == "classes", args.lambdas, self.source.background,
+                               permutation, alpha)
             loss["all"].backward()
             of_micro_batches.append(torch.stack([loss[name].detach() for name in LOSSES]))
 

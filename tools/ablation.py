@@ -52,7 +52,7 @@ ROWS = {
     "no-aspp": ("all, without ASPP", "✓ ✓", "--aspp none"),
     "no-par": ("all, without PAR", "✓✓ ", "--par"),
     "static": ("all, DeepLabV3+'s rates in every epoch", "✓✓✓", "--aspp static"),
-    "classes": ("all, each class the same in L_seg", "✓✓✓", "--balance classes"),
+    "pixels": ("all, L_seg as in AFA", "✓✓✓", "--balance pixels"),
     "unscaled": ("all, ASPP added in full", "✓✓✓", "--aspp-scale 1"),
     "soft": ("all, CAM itself before PAR", "✓✓✓", "--coarse soft"),
     "afa": ("all, PAR with AFA's dilations", "✓✓✓", "--par 1 2 4 8 12 24"),

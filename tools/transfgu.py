@@ -120,7 +120,7 @@ def parse(argv=None):
     released = p.parse_known_args(argv)[0].released
     defaults = train.parse(argv, p)
     fixed = dict(aspp="none", par=[], teacher="reset")
-    settings = dict(method="released", intervals=INTERVALS[defaults.data], balance="foreground")
+    settings = dict(method="released", intervals=INTERVALS[defaults.data], balance="pixels")
     if not released:                                      # without L_seg
         settings |= dict(method="transfgu", teacher_weight=0.5, lambdas=[0.0, *defaults.lambdas[1:]])
     args = train.parse(argv, p, **fixed, **settings)
