@@ -9,7 +9,7 @@ images, `Masks` any images with labels. Needs torch, numpy and pillow: copy this
 
 In this file, in this order:
     crops and augmentation      draw -> crop -> augment: all that the method itself needs
-    programs                    errors become lines, files are written whole
+    programs                    errors become lines, files are written whole, progress
     reading files               open_image, open_label, squash
     classes                     their names in VOC and COCO, their shares, their colours
     data sets on disk           one class for each layout, and a check of all files
@@ -167,7 +167,7 @@ def to_float(image, device=None):
 # ============================================================================
 # What the method computes stands above. What follows reads files, and renders `shapes`.
 # ============================================================================
-# Programs: errors become lines, and files are written whole
+# Programs: errors become lines, files are written whole, progress
 
 TEMPORARY = ".tmp"                                        # suffix of files that are being written
 # how torch and the system word a lack of memory: of the machine (Linux and macOS, Windows), of a GPU
@@ -252,6 +252,38 @@ def remove_temporary(folder, age=600):
         with contextlib.suppress(OSError):                # another process removed it first
             if file.stat().st_mtime <= time.time() - age:
                 file.unlink()
+
+
+def check_outside(out, photographs):
+    """Raise UserError if the folder `out` lies in one of these folders or is that of one of these files."""
+    place = Path(out).resolve()
+    for path in map(Path, photographs):
+        folder = (path if path.is_dir() else path.parent).resolve()
+        if place == folder or path.is_dir() and place.is_relative_to(folder):
+            raise UserError(f"--out {out}: lies in the folder of photographs {folder}, where its pictures "
+                            f"would be taken for photographs; give a folder outside")
+
+
+class Progress:
+    """Says how far a stage of a program is and how long it will take.
+
+    It does so each second on a terminal, which shows the last line only, else each half minute. Called with
+    the number of steps that are done, of `total`.
+    """
+
+    def __init__(self, stage, total):
+        self.stage, self.total = stage, total
+        self.start = self.last_line = time.time()
+
+    def __call__(self, done):
+        now, terminal = time.time(), sys.stdout.isatty()
+        if done == self.total:
+            print(end="\x1b[K" if terminal else "", flush=True)                   # clears the line
+        elif now - self.last_line > (1 if terminal else 30):
+            self.last_line = now
+            left = (now - self.start) / done * (self.total - done)
+            print(f"{self.stage} {done} of {self.total}, {now - self.start:.0f} s, about {left:.0f} s left",
+                  end="\x1b[K\r" if terminal else "\n", flush=True)
 
 
 # ----------------------------------------------------------------------------

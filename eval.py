@@ -17,7 +17,6 @@ and a user names them in names.txt.
 import argparse
 import json
 import sys
-import time
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -283,28 +282,6 @@ def enlarged_argmax(logits, H, W):
 # The program
 
 
-class Progress:
-    """Says how far a stage, also of train.py, is and how long it will take.
-
-    It does so each second on a terminal, which shows the last line only, else each half minute. Called with
-    the number of steps that are done, of `total`.
-    """
-
-    def __init__(self, stage, total):
-        self.stage, self.total = stage, total
-        self.start = self.last_line = time.time()
-
-    def __call__(self, done):
-        now, terminal = time.time(), sys.stdout.isatty()
-        if done == self.total:
-            print(end="\x1b[K" if terminal else "", flush=True)                   # clears the line
-        elif now - self.last_line > (1 if terminal else 30):
-            self.last_line = now
-            left = (now - self.start) / done * (self.total - done)
-            print(f"{self.stage} {done} of {self.total}, {now - self.start:.0f} s, about {left:.0f} s left",
-                  end="\x1b[K\r" if terminal else "\n", flush=True)
-
-
 def open_split(checkpoint, name=None, root=None, split="val", limit=None):
     """A split of the data set called `name`, below `root`; by default those that the run was trained on.
 
@@ -334,7 +311,7 @@ def print_scores(network, checkpoint, source, native, par, flip):
     n, k, rates = len(source.names), len(checkpoint["assignment"]), checkpoint["rates"]
     size = checkpoint["args"]["size"]
     confusion = torch.zeros(n, k, dtype=torch.int64)
-    progress = Progress("scored: image", len(source))
+    progress = data.Progress("scored: image", len(source))
     pixels = np.zeros(256, np.int64)                      # of each label value
     for chunk in chunks(len(source), size=1 if native else CHUNK):
         indices = range(chunk.start, chunk.stop)
@@ -366,16 +343,6 @@ def print_scores(network, checkpoint, source, native, par, flip):
           + (f" (training scored the first {trained})" if trained else ""))
 
 
-def check_outside(out, photographs):
-    """Raise UserError if the folder `out` lies in one of these folders or is that of one of these files."""
-    place = Path(out).resolve()
-    for path in map(Path, photographs):
-        folder = (path if path.is_dir() else path.parent).resolve()
-        if place == folder or path.is_dir() and place.is_relative_to(folder):
-            raise UserError(f"--out {out}: lies in the folder of photographs {folder}, where its pictures "
-                            f"would be taken for photographs; give a folder outside")
-
-
 def photographs_by_name(source):
     """{name: index} of a data.Folder. Raises UserError if two photographs' masks would have one name."""
     index = {}
@@ -403,7 +370,7 @@ def predict(network, checkpoint, source, out, native, par, flip):
     legend(checkpoint).save(out / "legend.png")
     earlier = earlier_shares(out / "predictions.json")
     shares, unreadable = {}, 0
-    progress = Progress("masks: photograph", len(index))
+    progress = data.Progress("masks: photograph", len(index))
     for done, (name, i) in enumerate(index.items()):
         progress(done)
         try:
@@ -470,7 +437,7 @@ def main():
     network = restore(checkpoint, args.device)
     par = (run_par(checkpoint) or PAR((1, 2, 4, 8))) if args.par else None
     if args.predict:
-        check_outside(args.out, args.predict)
+        data.check_outside(args.out, args.predict)
         source = limited(data.Folder(args.predict), args.limit, "photographs")
         predict(network, checkpoint, source, Path(args.out), args.native, par, args.flip)
         return

@@ -3602,14 +3602,14 @@ def test_masks_never_lie_among_photographs_nor_on_one_another(uninterrupted, tmp
 
 def test_progress_is_told_now_and_then_in_a_file_and_on_one_line_of_a_terminal(monkeypatch, capsys):
     now = [0.0]
-    monkeypatch.setattr(evaluation, "time", SimpleNamespace(time=lambda: now[0]))
+    monkeypatch.setattr(data, "time", SimpleNamespace(time=lambda: now[0]))
     line = "step {0} of 100, {0} s, about {1} s left".format
     for terminal, expected in (
             (False, f"{line(40, 60)}\n{line(80, 20)}\n"),
             (True, "".join(f"{line(n, 100 - n)}\x1b[K\r" for n in (40, 60, 80)) + "\x1b[K")):
         monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
         now[0] = 0.0
-        progress = evaluation.Progress("step", 100)
+        progress = data.Progress("step", 100)
         for now[0] in (40.0, 60.0, 80.0, 100.0):
             progress(int(now[0]))
         assert capsys.readouterr().out == expected

@@ -40,9 +40,8 @@ import torch.nn.functional as F
 import cam
 import data
 from aspp import DEEPLAB_RATES, dilation_rates
-from data import UserError, write_whole
-from eval import (Progress, check_outside, choose_device, chunks, confusion_matrix, load_checkpoint, scores,
-                  with_names)
+from data import Progress, UserError, write_whole
+from eval import choose_device, chunks, confusion_matrix, load_checkpoint, scores, with_names
 from losses import (confident_patches, dmsa_losses, permutation_weight, pixel_counts, pseudo_masks,
                     with_background)
 from model import BACKBONES, DMSA, VisionTransformer, backbone, load_vit, normalise
@@ -1045,7 +1044,7 @@ def check_compiler(device):
 def main(args, trainer_class=Trainer):
     """A whole run. trainer_class: Trainer, or that of another method."""
     if args.data == "folder":
-        check_outside(args.out, [args.root])
+        data.check_outside(args.out, [args.root])
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")   # set by srun alone
     if WORLD == 1 and tasks != "1":
         raise UserError(f"srun started {tasks} tasks, which do not know each other: let it start torchrun, "

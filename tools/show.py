@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data                                               # noqa: E402
-from eval import check_outside, open_run, open_split, restore, segment_photograph     # noqa: E402
+from eval import open_run, open_split, restore, segment_photograph     # noqa: E402
 from tools.pictures import (TILE, class_colours, cluster_sheet, grey, masks_of, page, panels,     # noqa: E402
                             stages, write)
 
@@ -31,7 +31,7 @@ FEWEST = 3                                                # images of a pair of 
 
 def explain(args):
     """PHOTO_explain.png: every stage of Fig. 2 for one photograph, and CAMs of the five largest clusters."""
-    check_outside(args.out, [args.photo])
+    data.check_outside(args.out, [args.photo])
     checkpoint = open_run(args.run)
     network = restore(checkpoint, args.device)
     size, names = checkpoint["args"]["size"], checkpoint["names"]
@@ -61,7 +61,7 @@ def explain(args):
 
 def compare(args):
     """compare.png: the same images by several runs side by side (Figs. 3 and 4)."""
-    check_outside(args.out, args.predict or ())
+    data.check_outside(args.out, args.predict or ())
     checkpoints = [open_run(run) for run in args.runs]
     names, colours = checkpoints[0]["names"], class_colours(checkpoints[0])
     for run, checkpoint in zip(args.runs, checkpoints):
