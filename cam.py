@@ -223,8 +223,11 @@ def class_activation_maps(vit, image, centroids):
     raises     RuntimeError under torch.inference_mode(); torch.no_grad() is fine
 
     A is the CLS row of the last attention, alpha^c the gradient of cos(CLS feature, centroid c) in A, each
-    the mean over heads. Eq. 5 weighs A by alpha^c; TransFGU adds the two (decision 9): L^c = A / max A + the
-    largest alpha^c that together hold 80 % of its positive mass, and 0 where alpha^c < 0.
+    the mean over heads. Eq. 5 weighs A by alpha^c; TransFGU adds the two (decision 9):
+
+        L^c = A / max A + kept alpha^c  where alpha^c >= 0, else 0
+
+    Kept are the largest alpha^c, which together hold 80 % of its positive mass; the others count as 0.
 
     In closed form: attended = A v is linear in A, so that, with u = d cos / d attended,
 

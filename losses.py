@@ -3,7 +3,8 @@
     L_all = lambda_1 L_seg + lambda_2 L_CE + lambda_3 L_un + lambda_4 L_cls
 
     with_background(), fuse() -> pseudo_masks(), confident_patches() (Fig. 2)
-    maps of pixels, mean_over() them -> dmsa_losses() (Eq. 6); then each loss by itself, for other projects
+    cross_entropy(), permuted(), doubt(): a value for each pixel -> dmsa_losses(): their means (Eq. 6)
+    then each loss by itself, for other projects
 
 Plain functions of logits (B, N, H, W), labels (B, H, W) and class embeddings (B, N, D). N counts every class,
 the background included where there is one (channel 0). Needs torch only: copy this file anywhere.
@@ -20,7 +21,7 @@ THRESHOLD = 0.1                                           # of the background ch
 VOID = 255                                                # label of pixels that do not count
 
 # alpha(t), the weight of L_CE's second term (`permuted`): t is 0 in the epoch in which the teacher begins to
-# take part in the labels (TransFGU: in which it is replaced), 1 in the next; after 7 alpha stays
+# take part in the labels, 1 in the next; after 7 alpha stays
 ALPHA = (0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.09, 0.1)
 
 
@@ -121,9 +122,9 @@ def look_up(numbers, label, of_void):
 def permuted(ce_map, logits, label, permutation, alpha):
     """L_CE of each pixel: CE(logits, label) - alpha * CE(logits, permutation[label]), (B, H, W); void 0.
 
-    The second term is TransFGU's and not in the paper (decision 12): a random permutation of the classes, one
-    for a batch, mostly gives a class another, and a pixel is rewarded for being unlike the one that stands
-    for its own. Before the teacher takes part `permutation` is None, and there is no second term.
+    The second term is TransFGU's and not in the paper (decision 12). A random permutation, one for a batch,
+    puts a class in the place of each, mostly another one, and a pixel is rewarded for being unlike the class
+    in the place of its own. Before the teacher takes part `permutation` is None: no second term.
 
     ce_map  (B, H, W)  CE(logits, label): `cross_entropy`
     """
@@ -150,24 +151,23 @@ def pixels_of_classes(label, N):
     return n_pixels.scatter_add_(0, of_pixel, torch.ones_like(of_pixel))[:-1]     # bincount makes a GPU wait
 
 
-def balanced_mean(ce_map, label, things, by_class, n_pixels=None):
-    """Mean of a map (B, H, W) over foreground and background, each of which counts one half; void none.
+def pixel_weights(n_pixels, is_thing, by_class):
+    """What a pixel of each class weighs in L_seg: (N,); over all pixels the weights sum to 1.
 
-    things     (N,) bool, the classes that are foreground; all others are background
-    by_class   within a half each class counts the same (decision 13); else each pixel, as in AFA
-    n_pixels   (N,) pixels of each class; default: those of `label`. In training they are the whole batch's,
-               so that a crop without background adds nothing to that half, and the rest weighs as ever. A
-               class, or a half, without any pixel does not count
+    n_pixels   (N,) pixels of each class. In training they are the whole batch's, so that a crop without
+               background adds nothing to that half, and its other pixels weigh as ever
+    is_thing   (N,) bool, which classes are foreground. Foreground and background weigh one half each; if one
+               of them has no pixel, the other weighs all
+    by_class   in each half its classes weigh the same, whatever their pixels are (decision 13); else its
+               pixels weigh the same, as in AFA
     """
-    n_pixels = pixels_of_classes(label, len(things)) if n_pixels is None else n_pixels
-    halves = torch.stack([things, ~things]) & (n_pixels > 0)                  # (2, N), the classes of each
+    halves = torch.stack([is_thing, ~is_thing]) & (n_pixels > 0)                  # (2, N), classes that occur
     if by_class:
-        divisor = n_pixels * halves.sum(1, keepdim=True)                          # (2, N), pixels x classes
+        in_half = halves / (n_pixels * halves.sum(1, keepdim=True)).clamp(min=1)  # (2, N)
     else:
-        divisor = (n_pixels * halves).sum(1, keepdim=True)                        # (2, 1), pixels of a half
+        in_half = halves / (n_pixels * halves).sum(1, keepdim=True).clamp(min=1)  # (2, N)
     n_halves = halves.any(1).sum()
-    weight_of_class = (halves / (divisor * n_halves).clamp(min=1)).sum(0)           # (N,), of a pixel of each
-    return (ce_map * look_up(weight_of_class, label, 0)).sum()
+    return in_half.sum(0) / n_halves.clamp(min=1)
 
 
 def similarity(class_embeddings):
@@ -199,7 +199,7 @@ def pixel_counts(label, confident, N):
     return torch.cat([n_images[None], n_confident[None], pixels_of_classes(label, N)])
 
 
-def dmsa_losses(logits, class_embeddings, label, confident, counts, things, by_class, lambdas,
+def dmsa_losses(logits, class_embeddings, label, confident, counts, is_thing, by_class, lambdas,
                 background=True, permutation=None, alpha=0.0):
     """Eq. 6 for a micro-batch. Returns {"seg", "ce", "un", "cls", "all"}, each ().
 
@@ -209,14 +209,15 @@ def dmsa_losses(logits, class_embeddings, label, confident, counts, things, by_c
     confident         (B, H, W)     bool, pixels that count in L_un: those in whose patch the CAM of some
                                     class exceeds the threshold, 0.1; without a background all
     counts            (2 + N,)      `pixel_counts` of the whole batch
-    things, by_class                as for `balanced_mean`
+    is_thing, by_class              as for `pixel_weights`
     lambdas           lambda_1 .. lambda_4
     background        channel 0 is background, and does not compete in L_un: its softmax goes over the others
     permutation, alpha              as for `permuted`
     """
     n_images, n_confident, n_pixels = counts[0], counts[1], counts[2:]            # as `pixel_counts` has them
     ce_map = cross_entropy(logits, label)                                         # (B, H, W)
-    seg = balanced_mean(ce_map, label, things, by_class, n_pixels)                # L_seg
+    weights = pixel_weights(n_pixels, is_thing, by_class)                         # (N,)
+    seg = (ce_map * look_up(weights, label, 0)).sum()                             # L_seg
     ce_less_other = permuted(ce_map, logits, label, permutation, alpha)           # (B, H, W)
     ce = mean_over(ce_less_other, label != VOID, n_pixels.sum())                  # L_CE
     un_map = doubt(logits[:, 1:] if background else logits)                       # (B, H, W)
@@ -245,17 +246,19 @@ def cross_entropy_loss(logits, label, permutation=None, alpha=0.0):
     return mean_over(permuted(ce_map, logits, label, permutation, alpha), label != VOID)
 
 
-def segmentation_loss(logits, label, things=None, by_class=False):
-    """L_seg of Eq. 6: the mean CE over foreground and background, each counts one half (decision 13).
+def segmentation_loss(logits, label, is_thing=None, by_class=False):
+    """L_seg of Eq. 6: the mean CE over foreground and background, which weigh one half each (decision 13).
 
     logits      (B, N, H, W)
     label       (B, H, W)     integers in 0..N-1; pixels of value 255 do not count
-    things      (N,)          bool, the classes that are foreground. Default: all but class 0
-    by_class                  within a half each class counts the same; else each pixel, as in AFA
+    is_thing    (N,)          bool, which classes are foreground. Default: all but class 0
+    by_class                  in each half its classes weigh the same; else its pixels, as in AFA
     returns     ()            a class, or a half, without a pixel does not count (AFA's is NaN then)
     """
-    things = torch.arange(logits.shape[1], device=logits.device) > 0 if things is None else things
-    return balanced_mean(cross_entropy(logits, label), label, things, by_class)
+    N = logits.shape[1]
+    is_thing = torch.arange(N, device=logits.device) > 0 if is_thing is None else is_thing
+    weights = pixel_weights(pixels_of_classes(label, N), is_thing, by_class)      # (N,)
+    return (cross_entropy(logits, label) * look_up(weights, label, 0)).sum()
 
 
 def uncertainty_loss(logits, confident):

@@ -24,7 +24,7 @@ ITERATIONS = 10
 BANDWIDTH = 0.3
 OMEGA3 = 0.01                                             # a pixel's weights sum to 1 + OMEGA3
 EPS = 1e-8                                                # added to standard deviations
-# Pixels refined together: as few as keep their weights in a CPU's L3 cache, as many as fill a GPU.
+# Pixels refined together. On a CPU their weights fit into the L3 cache; on a GPU they keep all of it busy.
 PIXELS_AT_ONCE = {"cpu": 160 * 160, "cuda": 16 * 160 * 160}
 
 
@@ -70,10 +70,11 @@ def affinity(image, dilations=DILATIONS, omega3=OMEGA3, bandwidth=BANDWIDTH):
     def exponent(neighbour):                              # k_rgb of each colour, (B, 3, H, W)
         return (neighbour - image).square_().mul_(factor)
 
-    # Neighbours that are alike in a colour, but unlike the pixel, share a huge exponent. softmax would take
-    # it away, but after the mean over the colours, in which it drowns the others; so it goes before
-    shared = exponent(next(neighbours(image, dilations)))                         # (B, 3, H, W)
-    k_rgb = torch.stack([(exponent(neighbour) - shared).mean(1)
+    # softmax ignores what the exponents of all N neighbours have in common. Where these are alike, and unlike
+    # the pixel, that is a huge number, which fp32 cannot hold beside their differences. So each colour's
+    # exponents are taken relative to those of one neighbour, whichever
+    reference = exponent(next(neighbours(image, dilations)))                      # (B, 3, H, W)
+    k_rgb = torch.stack([(exponent(neighbour) - reference).mean(1)
                          for neighbour in neighbours(image, dilations)], dim=1)   # (B, N, H, W)
     distance = torch.tensor([math.hypot(*offset) for offset in offsets(dilations)], dtype=image.dtype)
     distance = distance.to(image.device, non_blocking=True)                       # (N,)
@@ -101,7 +102,8 @@ def table(x):
 def neighbour_index(n, H, W, dilations, device=None):
     """At which line of such a table each pixel's N neighbours are, for n images: (n HW, N) int32.
 
-    An image that holds at each pixel the number of its line is read as masks are, by `neighbours`.
+    An image that holds at each pixel the number of its line is read as masks are, by `neighbours`: in
+    float64, since F.pad replicates no integers, and float32 counts to 2^24 only.
     """
     numbers = torch.arange(n * H * W, dtype=torch.float64, device=device).view(n, 1, H, W)
     return torch.cat([table(neighbour).int() for neighbour in neighbours(numbers, dilations)], dim=1)

@@ -2581,7 +2581,7 @@ def test_a_step_is_fig_2_from_crop_to_teacher(epoch, rates, args, source, vit):
     """Every stage written out here, from the textbook; two micro-batches, which make one batch."""
     trainer = trainer_of("--teacher-start", "2", *args, source=source, vit=vit())
     settings, network, background = trainer.args, trainer.network, trainer.source.background
-    N, patch, crop = len(trainer.things), 8, 32
+    N, patch, crop = len(trainer.is_thing), 8, 32
     batches = [micro_batch(trainer, range(2)), micro_batch(trainer, range(2, 5), seed=1)]
     reference = copy.deepcopy(network)
     teaches = epoch > 2
@@ -3446,8 +3446,8 @@ def test_the_ablation_trains_its_rows_and_compares_them_seed_by_seed(tmp_path):
 def test_each_class_counts_the_same_in_a_half_of_l_seg_of_shapes_and_folders_and_each_pixel_elsewhere():
     balance = {name: options("--data", name, "--root", "x").balance for name in train.BY_DATA_SET}
     assert balance.pop("folder") == balance.pop("shapes") == "classes" and set(balance.values()) == {"pixels"}
-    assert trainer_of(source=Stuff).things.tolist() == [True, True, False, False, False, False]
-    assert trainer_of().things.tolist() == [False, True, True, True, True, True]
+    assert trainer_of(source=Stuff).is_thing.tolist() == [True, True, False, False, False, False]
+    assert trainer_of().is_thing.tolist() == [False, True, True, True, True, True]
 
 
 def test_each_row_of_the_ablation_leaves_out_what_its_marks_say():
@@ -4305,7 +4305,7 @@ def test_golden_training_step(z, c, monkeypatch):
     drawn = SimpleNamespace(permutation=lambda n: z["perm"].argsort())
     monkeypatch.setattr(np.random, "default_rng", lambda seed: drawn)
     values = trainer.train_step([train.Target(features, label, confident)],
-                                losses.pixel_counts(label, confident, len(trainer.things)),
+                                losses.pixel_counts(label, confident, len(trainer.is_thing)),
                                 args.teacher_start + 1 + c["epoch"], 0)
     near([values[k] for k in ("ce", "un", "cls", "all")],
          [z[k] for k in ("loss_cat", "loss_uncertainty", "loss_cls_emb", "total")], 1e-5)

@@ -71,11 +71,20 @@ def number(kind, least, most=math.inf):
 positive, zero_to_one, factor = number(int, 1), number(float, 0, 1), number(float, 0, 1e6)
 
 
+def sides(size, own, patch):
+    """size, crop, large, window in pixels: the data set's `own`, or what follows from another --size."""
+    if size == own[0] and size % (2 * patch) == 0:
+        return own
+    if size == own[0]:                                    # not whole patches of DINOv2, 14: 336 for 320
+        size = math.ceil(size / (2 * patch)) * 2 * patch
+    return size, size // 2, 2 * size, size
+
+
 def parse(argv=None, *parsers, **settings):
     """Options, and settings that have none, as one flat namespace of plain values.
 
-    parsers, settings   options and values of another method (tools/transfgu.py); its values win over the data
-                        set's, an option that is given over both
+    parsers, settings   options and values of another method (tools/transfgu.py). Its values win over the data
+                        set's; an option that the user gives wins over both
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS)
     first.add_argument("--data", choices=data.NAMES, default="shapes", help="data set (%(default)s)")
@@ -125,7 +134,8 @@ def parse(argv=None, *parsers, **settings):
         help="what PAR gets while CAM is alone: hard: 1 for the class of a patch and 0 for others; soft: CAM "
              "(%(default)s; decision 31)")
     p.add_argument("--teacher", choices=("ema", "none"), default="ema",
-        help="ema: moving average of the student; none: CAM alone (%(default)s)")
+        help="ema: moving average of the student; none: CAM alone, and L_CE without its second term "
+             "(%(default)s)")
     p.add_argument("--teacher-start", type=number(int, 0), default=5, metavar="EPOCHS",
         help="epochs of CAM alone before the teacher takes part (%(default)s)")
     p.add_argument("--teacher-weight", type=zero_to_one, default=0.7, metavar="X",
@@ -137,7 +147,7 @@ def parse(argv=None, *parsers, **settings):
              "or classes (%(default)s; decision 13)")
     p.add_argument("--lambdas", type=factor, nargs=4, default=[0.3, 1.0, 0.3, 1.0],
         metavar=("SEG", "CE", "UN", "CLS"), help="weights of Eq. 6 (%(default)s; decision 16)")
-    p.set_defaults(method="dmsa")
+    p.set_defaults(method="dmsa")                         # tools/transfgu.py has others
 
     # optimisation
     p.add_argument("--epochs", type=positive, default=50, metavar="N",
@@ -203,21 +213,12 @@ BY_DATA_SET = {
 }
 
 
-def sides(size, own, patch):
-    """size, crop, large, window in pixels: the data set's `own`, or what follows from another --size."""
-    if size == own[0] and size % (2 * patch) == 0:
-        return own
-    if size == own[0]:                                    # not whole patches of DINOv2, 14: 336 for 320
-        size = math.ceil(size / (2 * patch)) * 2 * patch
-    return size, size // 2, 2 * size, size
-
-
 # ----------------------------------------------------------------------------
 # Caches. A cache is a folder of files, the shards, each with what was computed from some consecutive images.
 # A shard that is there is whole (`write_whole`), so that a killed run goes on at the next one.
 #
 # `source` is a split, a data.Dataset: its files, ids, images and labels; squashed(i, S) and label(i), which
-# read one of them; background, things and stuff, how many channels and clusters of each there are.
+# read one of them; background, whether class 0 is one; things and stuff, how many clusters of each there are.
 
 SHARDS = 64                                               # of a cache at most: each keeps a file open
 VERSION = 1                                               # raise it when SHARDS or a computation changes
@@ -480,11 +481,12 @@ class Trainer:
             {"params": [p for p in self.params if p.ndim <= 1], "weight_decay": 0.0}], lr=args.lr)
         self.par = PAR(tuple(args.par), compile=args.compile) if args.par else None
         # the N channels are the background, if there is one, and the clusters of things, then of stuff
-        things = [False] * source.background + [True] * source.things + [False] * source.stuff
-        self.things = torch.tensor(things, device=device) # (N,)
+        is_thing = [False] * source.background + [True] * source.things + [False] * source.stuff
+        self.is_thing = torch.tensor(is_thing, device=device)                     # (N,)
         self.bf16 = use_bf16(args.precision, device)
         self.epoch = 0                                    # how many are done
-        self.results = {}                                 # on val: scores of "cam", "last", "best" epoch
+        # on val: scores of "cam", "last", "best" epoch; of a folder: "clusters" in use
+        self.results = {}
         # cluster -> class: a folder's clusters are its classes; else `score_val` finds it after each epoch
         self.assignment = list(range(N)) if args.data == "folder" else [0] * N
 
@@ -515,7 +517,7 @@ class Trainer:
         for batch in micro_batches:
             # PAR sees the crop before colour jitter, the network after it (decision 24)
             image = data.crop(batch.image, batch.draws, H)                        # (b, 3, H, H) in 0..1
-            # the same square of the maps, averaged over each of its h x h patches
+            # the same square of the maps: its mean over each of h x h patches
             cams = data.crop(batch.cams, batch.draws, h, "area")                  # (b, K, h, h)
             teacher_logits = None
             with self.low_precision():
@@ -560,7 +562,7 @@ class Trainer:
                 logits, class_embeddings = network.decode(network.student, target.features, self.rates(epoch))
             logits = enlarged(logits.float(), target.label.shape[1:])             # (b, N, H, W)
             loss = dmsa_losses(logits, class_embeddings.float(), target.label, target.confident, counts,
-                               self.things, args.balance == "classes", args.lambdas, self.source.background,
+                               self.is_thing, args.balance == "classes", args.lambdas, self.source.background,
                                permutation, alpha)
             loss["all"].backward()
             of_micro_batches.append(torch.stack([loss[name].detach() for name in LOSSES]))
@@ -642,7 +644,7 @@ def train(args, sources, vit, digest, state, device, trainer_class=Trainer):
             targets, counts = trainer.pseudo_labels(micro_batches, epoch)                 # Fig. 2, top
             counts = all_reduce_sum(counts)
             losses = trainer.train_step(targets, counts, epoch, step)                     # and bottom
-            waited, total = waited + seconds, total + list(losses.values())
+            waited, total = waited + seconds, total + [losses[name] for name in LOSSES]
             if RANK == 0:
                 progress(step + 1 - first)
             log.step({"epoch": epoch, "step": step + 1, **losses, "rates": list(trainer.rates(epoch)),
