@@ -1,8 +1,8 @@
 """ASPP with a dynamic dilation table (DMSA Sec. 3.1, Eq. 1, Table 1).
 
-(B, D, h, w) patch features -> (B, D, h, w), the same size at every rate. In DMSA it stands behind the last
-multi-head self-attention (msa): x + msa + 0.1 aspp(msa), decision 30. The dilation rates change with the
-epoch, the weights stay.
+(B, D, h, w) patch features -> (B, D, h, w), the same size at every rate. In DMSA they are msa, what the last
+multi-head self-attention adds to the tokens x, which become x + msa + 0.1 aspp(msa) (decision 30). The
+dilation rates change with the epoch, the weights stay.
 
     TABLE_1 -> dilation_rates(), output_size() (Eq. 1) -> Branch -> class ASPP -> main()
 

@@ -84,20 +84,20 @@ def patch_grid(vit, image):
 
 
 def spans(n, s, patch):
-    """Windows of side s along an axis of n patches, 0 < s < n (TransFGU): a list of (start, end) in pixels.
+    """TransFGU's windows along an axis of n patches, 0 < s < n: a list of (start, end) in pixels.
 
         0 1 2 3 4 5 6 7    n = 8        0 1 2 3 4 5 6 7    n = 8
         [ - - - ]          s = 4            [ - ]          s = 3
             [ - - - ]                             [ - ]
               [ - - - ]
 
-    Even s: windows of s + 1 patches, half a side apart, and one more that ends at the far border. Odd s: of s
-    patches, a side apart and centred on s, 2 s ..: the first patches, and often the last, are in none.
+    Of an even s: s + 1 patches each, s / 2 apart, and one more that ends at the far border. Of an odd s: s
+    patches each, s apart, centred on s, 2 s ..: the first patches, and often the last, are in none.
     """
-    if s % 2:
-        starts, length = range(s - s // 2, n - s + 1, s), s                       # in patches
+    if s % 2 == 0:
+        length, starts = s + 1, sorted({*range(0, n - s, s // 2), n - s - 1})     # in patches
     else:
-        starts, length = sorted({*range(0, n - s, s // 2), n - s - 1}), s + 1
+        length, starts = s, range(s - s // 2, n - s + 1, s)
     # without the last pixel, as in TransFGU
     return [(start * patch, (start + length) * patch - 1) for start in starts]
 
@@ -225,7 +225,7 @@ def class_activation_maps(vit, image, centroids):
     A is the CLS row of the last attention, alpha^c the gradient of cos(CLS feature, centroid c) in A, each
     the mean over heads. Eq. 5 weighs A by alpha^c; TransFGU adds the two (decision 9):
 
-        L^c = A / max A + kept alpha^c  where alpha^c >= 0, else 0
+        L^c = (A / max A + kept alpha^c)  where alpha^c >= 0,  0 elsewhere
 
     Kept are the largest alpha^c, which together hold 80 % of its positive mass; the others count as 0.
 

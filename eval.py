@@ -144,7 +144,10 @@ def open_run(path):
         file = next((file / name for name in ("best.pt", "last.pt") if (file / name).exists()), None)
         if file is None:
             raise UserError(f"{path}: no best.pt and no last.pt in this folder; give the folder of a run")
-    return with_names(load_checkpoint(file), file.with_name("names.txt"))
+    checkpoint = load_checkpoint(file)
+    if checkpoint["epoch"] == 0:
+        raise UserError(f"{file}: no epoch of this run is done; give its command again, and it goes on")
+    return with_names(checkpoint, file.with_name("names.txt"))
 
 
 def with_names(checkpoint, file):

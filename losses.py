@@ -20,15 +20,6 @@ import torch.nn.functional as F
 THRESHOLD = 0.1                                           # of the background channel, TransFGU's
 VOID = 255                                                # label of pixels that do not count
 
-# alpha(t), the weight of L_CE's second term (`permuted`): t is 0 in the epoch in which the teacher begins to
-# take part in the labels, 1 in the next; after 7 alpha stays
-ALPHA = (0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.09, 0.1)
-
-
-def permutation_weight(t):
-    """alpha(t) of L_CE, `t` >= 0 epochs after the teacher began to take part."""
-    return ALPHA[min(t, len(ALPHA) - 1)]
-
 
 # ----------------------------------------------------------------------------
 # Fig. 2, top: CAM and teacher, fused. PAR refines what comes out, and its arg max is the pseudo label
@@ -117,6 +108,16 @@ def look_up(numbers, label, of_void):
     """numbers[label], of void `of_void`: numbers (N,), one for each class, label (B, H, W) -> (B, H, W)."""
     void = label == VOID
     return numbers[label.long().masked_fill(void, 0)].masked_fill(void, of_void)
+
+
+# alpha(t), the weight of L_CE's second term (`permuted`): t is 0 in the epoch in which the teacher begins to
+# take part in the labels, 1 in the next; after 7 alpha stays
+ALPHA = (0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.09, 0.1)
+
+
+def permutation_weight(t):
+    """alpha(t) of L_CE, `t` >= 0 epochs after the teacher began to take part."""
+    return ALPHA[min(t, len(ALPHA) - 1)]
 
 
 def permuted(ce_map, logits, label, permutation, alpha):

@@ -18,7 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 # The paper names none of these. The values are AFA's, and the defaults of `PAR`. On VOC and COCO train.py
-# takes the dilations 1 2 4 8, that is 32 neighbours for 48 (decision 8).
+# takes the dilations 1 2 4 8, that is 32 neighbours in place of 48 (decision 8).
 DILATIONS = (1, 2, 4, 8, 12, 24)
 ITERATIONS = 10
 BANDWIDTH = 0.3
@@ -50,6 +50,30 @@ def full(x):
     return x if x.dtype == torch.float64 else x.float()
 
 
+def colour_exponents(image, dilations, bandwidth):
+    """Yield Eq. 4's k_rgb of each neighbour, colour by colour, less the first neighbour's: (B, 3, H, W).
+
+        k_rgb = -((|I_kl - I_ij| / std_rgb) / bandwidth)^2
+
+    std_rgb is the unbiased standard deviation of the N neighbours' values. What all N have less, softmax
+    ignores. It is taken away because of a pixel that differs from surroundings that are flat in one colour:
+    there all N numbers of that colour are huge, and in fp32 the mean over colours would lose the others.
+    """
+    # mean, std_rgb and k_rgb read the neighbours anew each time, so that no tensor holds all N colours
+    N = 8 * len(dilations)
+    mean = sum(neighbours(image, dilations)) / N                                  # (B, 3, H, W)
+    squares = sum((neighbour - mean).square_() for neighbour in neighbours(image, dilations))
+    std = (squares / (N - 1)).sqrt()                                              # (B, 3, H, W)
+    factor = -1 / ((std + EPS) * bandwidth) ** 2
+
+    def k_rgb(neighbour):
+        return (neighbour - image).square_().mul_(factor)
+
+    first = k_rgb(next(neighbours(image, dilations)))
+    for neighbour in neighbours(image, dilations):
+        yield k_rgb(neighbour) - first
+
+
 @torch.no_grad()
 def affinity(image, dilations=DILATIONS, omega3=OMEGA3, bandwidth=BANDWIDTH):
     """Eq. 4: k = softmax(k_rgb) + omega3 * softmax(k_pos), both over the N neighbours.
@@ -57,25 +81,12 @@ def affinity(image, dilations=DILATIONS, omega3=OMEGA3, bandwidth=BANDWIDTH):
     image    (B, 3, H, W), any range: colour differences are divided by their own standard deviation
     returns  (B, N, H, W) in fp32, of a float64 image in float64; sums to 1 + omega3 over N
 
-    k_rgb = -((|I_kl - I_ij| / std_rgb) / bandwidth)^2, averaged over the three colours; std_rgb is the
-    unbiased standard deviation of the N neighbours' values. k_pos is the same of the distance in pixels.
-    For mean, std_rgb and k_rgb the neighbours are read anew each time, so that no tensor holds all N colours.
+    k_rgb is that of `colour_exponents`, averaged over the three colours; k_pos is the same of the distance in
+    pixels.
     """
-    image, N = full(image), 8 * len(dilations)
-    mean = sum(neighbours(image, dilations)) / N                                  # (B, 3, H, W)
-    squares = sum((neighbour - mean).square_() for neighbour in neighbours(image, dilations))
-    std = (squares / (N - 1)).sqrt()                                              # (B, 3, H, W)
-    factor = -1 / ((std + EPS) * bandwidth) ** 2
-
-    def exponent(neighbour):                              # k_rgb of each colour, (B, 3, H, W)
-        return (neighbour - image).square_().mul_(factor)
-
-    # softmax ignores what the exponents of all N neighbours have in common. Where these are alike, and unlike
-    # the pixel, that is a huge number, which fp32 cannot hold beside their differences. So each colour's
-    # exponents are taken relative to those of one neighbour, whichever
-    reference = exponent(next(neighbours(image, dilations)))                      # (B, 3, H, W)
-    k_rgb = torch.stack([(exponent(neighbour) - reference).mean(1)
-                         for neighbour in neighbours(image, dilations)], dim=1)   # (B, N, H, W)
+    image = full(image)
+    k_rgb = torch.stack([exponent.mean(1) for exponent in colour_exponents(image, dilations, bandwidth)],
+                        dim=1)                            # (B, N, H, W)
     distance = torch.tensor([math.hypot(*offset) for offset in offsets(dilations)], dtype=image.dtype)
     distance = distance.to(image.device, non_blocking=True)                       # (N,)
     k_pos = -(distance / ((distance.std() + EPS) * bandwidth)) ** 2               # (N,)

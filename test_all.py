@@ -3329,6 +3329,17 @@ def test_bf16_changes_the_losses_little_and_the_caches_not_at_all(uninterrupted,
         assert shard.read_bytes() == (tmp_path / shard.relative_to(folder)).read_bytes()
 
 
+@pytest.mark.parametrize("method", [train.Trainer, transfgu.TransFGU])
+def test_crops_are_in_fp32_also_where_the_network_computes_in_bf16(method, monkeypatch):
+    trainer = trainer_of("--precision", "bf16", method=method)
+    batch = train.MicroBatch(torch.rand(2, 3, 64, 64), torch.rand(2, 5, 8, 8), data.draw(0, 1, [0, 1]))
+    seen, features = [], trainer.network.features
+    monkeypatch.setattr(trainer.network, "features", lambda x: seen.append(x) or features(x))
+    trainer.pseudo_labels([batch], 1)
+    crop = data.crop(batch.image, batch.draws, trainer.args.crop)
+    assert torch.equal(seen[0], model.normalise(data.augment(crop, batch.draws)))
+
+
 @pytest.mark.parametrize("args, message", [
     ("--data voc --root nowhere", "nowhere/VOCdevkit/VOC2012/ImageSets: no such folder"),
     ("--weights none.pt --batch 4", "none.pt: cannot read"), ("--batch 4096", "larger than an epoch"),
@@ -3679,6 +3690,8 @@ def test_eval_prints_the_scores_of_the_log_of_a_run_or_a_checkpoint(uninterrupte
     here(0, words(**log[-1]), "eval.py", tmp_path / "other", "--limit", "24")
     here(2, "no best.pt and no last.pt", "eval.py", tmp_path)
     last = evaluation.load_checkpoint(run / "last.pt")
+    torch.save(last | {"epoch": 0}, tmp_path / "begun.pt")
+    here(2, "begun.pt: no epoch of this run is done", "eval.py", tmp_path / "begun.pt", "--predict", tmp_path)
     torch.save(last | {"student": last["teacher"]}, tmp_path / "teacher.pt")
     here(0, f"mIoU {log[-1]['teacher_miou']:.2f}  accuracy {log[-1]['teacher_accuracy']:.2f}", "eval.py",
          tmp_path / "teacher.pt", "--limit", "24", "--device", "cpu")

@@ -129,7 +129,8 @@ def parse(argv=None, *parsers, **settings):
         help="dilations of PAR; AFA's are 1 2 4 8 12 24. With no number there is no PAR: pseudo labels are "
              "only enlarged (%(default)s; decision 8)")
     p.add_argument("--threshold", type=zero_to_one, default=0.1, metavar="T",
-        help="where all CAMs are below half of it, CAM says background (%(default)s)")
+        help="where all CAMs are below half of it, CAM says background; L_un counts where one is above it "
+             "(%(default)s)")
     p.add_argument("--coarse", choices=("hard", "soft"), default="hard",
         help="what PAR gets while CAM is alone: hard: 1 for the class of a patch and 0 for others; soft: CAM "
              "(%(default)s; decision 31)")
@@ -519,9 +520,10 @@ class Trainer:
             image = data.crop(batch.image, batch.draws, H)                        # (b, 3, H, H) in 0..1
             # the same square of the maps: its mean over each of h x h patches
             cams = data.crop(batch.cams, batch.draws, h, "area")                  # (b, K, h, h)
+            seen = normalise(data.augment(image, batch.draws))                    # (b, 3, H, H)
             teacher_logits = None
             with self.low_precision():
-                features = network.features(normalise(data.augment(image, batch.draws)))  # (b, D, h, h) each
+                features = network.features(seen)         # (b, D, h, h) each
                 if self.teacher_age(epoch) is not None:
                     logits, _ = network.decode(network.teacher, features, self.rates(epoch))
                     teacher_logits = logits.float()                               # (b, N, h, h)

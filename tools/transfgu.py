@@ -77,9 +77,10 @@ class TransFGU(train.Trainer):
             image = data.crop(batch.image, batch.draws, args.crop)                # (b, 3, H, W) in 0..1
             cams = data.crop(batch.cams, batch.draws, args.crop // network.vit.patch_size, "area")
             cams = cam.min_max(cams)                                              # (b, K, h, w)
+            seen = normalise(data.augment(image, batch.draws))                    # (b, 3, H, W)
             teacher_logits = None
             with self.low_precision():
-                features = network.features(normalise(data.augment(image, batch.draws)))
+                features = network.features(seen)
                 if self.teacher_age(epoch) is not None:
                     logits, _ = network.decode(network.teacher, features, self.rates(epoch))
                     teacher_logits = logits.float()                               # (b, N, h, w)
