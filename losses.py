@@ -123,16 +123,16 @@ def permutation_weight(t):
 def permuted(ce_map, logits, label, permutation, alpha):
     """L_CE of each pixel: CE(logits, label) - alpha * CE(logits, permutation[label]), (B, H, W); void 0.
 
-    The second term is TransFGU's and not in the paper (decision 12). A random permutation, one for a batch,
-    puts a class in the place of each, mostly another one, and a pixel is rewarded for being unlike the class
-    in the place of its own. Before the teacher takes part `permutation` is None: no second term.
+    The second term is TransFGU's and not in the paper (decision 12). permutation[label] is mostly a wrong
+    class, and a pixel is rewarded for being unlike it. The permutation is a random one of all N classes, one
+    for a batch; before the teacher takes part it is None, and there is no second term.
 
     ce_map  (B, H, W)  CE(logits, label): `cross_entropy`
     """
     if permutation is None:
         return ce_map
-    other_class = look_up(permutation, label, VOID)                               # (B, H, W)
-    return ce_map - alpha * cross_entropy(logits, other_class)
+    wrong_label = look_up(permutation, label, VOID)                               # (B, H, W)
+    return ce_map - alpha * cross_entropy(logits, wrong_label)
 
 
 def doubt(logits):
@@ -162,13 +162,14 @@ def pixel_weights(n_pixels, is_thing, by_class):
     by_class   in each half its classes weigh the same, whatever their pixels are (decision 13); else its
                pixels weigh the same, as in AFA
     """
-    halves = torch.stack([is_thing, ~is_thing]) & (n_pixels > 0)                  # (2, N), classes that occur
-    if by_class:
-        in_half = halves / (n_pixels * halves.sum(1, keepdim=True)).clamp(min=1)  # (2, N)
-    else:
-        in_half = halves / (n_pixels * halves).sum(1, keepdim=True).clamp(min=1)  # (2, N)
-    n_halves = halves.any(1).sum()
-    return in_half.sum(0) / n_halves.clamp(min=1)
+    def weights_in(half):                                 # over the pixels of the half they sum to 1
+        found = half & (n_pixels > 0)                     # (N,), its classes that occur
+        size = n_pixels * found.sum() if by_class else (n_pixels * found).sum()
+        return found / size.clamp(min=1)                  # (N,)
+
+    halves = [weights_in(is_thing), weights_in(~is_thing)]
+    n_halves = sum(half.any().long() for half in halves)
+    return sum(halves) / n_halves.clamp(min=1)
 
 
 def similarity(class_embeddings):

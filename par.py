@@ -17,8 +17,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# The paper names none of these. The values are AFA's, and the defaults of `PAR`. On VOC and COCO train.py
-# takes the dilations 1 2 4 8, that is 32 neighbours in place of 48 (decision 8).
+# The paper names none of these. The values are AFA's, and the defaults of `PAR`: 48 neighbours. In training
+# the dilations are 1 2 4 8, on `shapes` 1 2 8 16: 32 neighbours (decision 8).
 DILATIONS = (1, 2, 4, 8, 12, 24)
 ITERATIONS = 10
 BANDWIDTH = 0.3

@@ -1339,6 +1339,21 @@ def test_voc_of_ones_own_has_the_classes_of_names_txt(tmp_path):
         refused(lambda: data.VOC(tmp_path), file)
 
 
+def test_other_class_names_are_noticed_by_a_run_that_goes_on_and_by_its_caches(tmp_path):
+    names = make_voc(tmp_path / "data") / "ImageSets/Segmentation/names.txt"      # the label of val is 2
+    names.write_text("road\nsky\ncar\n")
+    args = options("--data", "voc", "--root", str(tmp_path / "data"), "--batch", "1", out=tmp_path / "run")
+    sources = train.open_data(args, None)
+    train.cached_labels(args, sources["val"])
+    state = {"names": ["road", "sky", "car"],
+             "images": {split: train.identity(source) for split, source in sources.items()}}
+    train.open_data(args, state)
+    names.write_text("road\nsky\n")
+    refused(lambda: train.open_data(args, state), "last.pt: the class names of voc have changed")
+    val = train.open_data(args, None)["val"]
+    refused(lambda: train.cached_labels(args, val), "label value 2 is not in use")
+
+
 def make_masks(root, photographs, masks, names="road\nsky\ncar\n"):
     """Photographs and masks of classes 0, 1, 2, 0 ... below root, of these names; returns Masks of both."""
     for name in photographs:

@@ -73,10 +73,10 @@ positive, zero_to_one, factor = number(int, 1), number(float, 0, 1), number(floa
 
 def sides(size, own, patch):
     """size, crop, large, window in pixels: the data set's `own`, or what follows from another --size."""
-    if size == own[0] and size % (2 * patch) == 0:
-        return own
     if size == own[0]:                                    # not whole patches of DINOv2, 14: 336 for 320
         size = math.ceil(size / (2 * patch)) * 2 * patch
+        if size == own[0]:
+            return own
     return size, size // 2, 2 * size, size
 
 
@@ -113,8 +113,8 @@ def parse(argv=None, *parsers, **settings):
         help="weights of that backbone (fetched once; tiny is shipped)")
     p.add_argument("--size", type=number(int, 1, 4096), default=320, metavar="PIXELS",
         help="side of the squashed image; half of it has to be whole patches (%(default)s, or the next that "
-             "is). With another value crops have half of it, the images that windows are cut from twice it, "
-             "and windows just it. Smaller is faster and worse")
+             "is). With another value, also the next one, crops have half of it, the images that windows are "
+             "cut from twice it, and windows just it. Smaller is faster and worse")
     p.set_defaults(crop=160,                              # side in pixels of training crops,
                    large=640,                             # of the images that windows are cut from,
                    window=320,                            # that windows are resized to for the ViT
@@ -280,7 +280,7 @@ class PerImage:
         return self.shards[k][i - self.starts[k]]
 
 
-def cached_squashed(args, name, source, read):
+def cached_squashed(args, name, source, read, *depends_on):
     """read(i, S), image or label of `source`, squashed: PerImage (n, S, S[, 3]) uint8."""
     def squashed(shard):
         try:
@@ -290,7 +290,8 @@ def cached_squashed(args, name, source, read):
             data.raise_unreadable(source)                 # one line for all bad files of the split
             raise
 
-    return PerImage(cached_shards(args, name, [identity(source), args.size], len(source), squashed))
+    key = [identity(source), args.size, *depends_on]
+    return PerImage(cached_shards(args, name, key, len(source), squashed))
 
 
 @lru_cache                                                # COCO has 240,000 files
@@ -697,6 +698,9 @@ def open_data(args, state):
             raise UserError(f"{args.out}/last.pt: the images of {split} have changed, {then[0]} then, "
                             f"{now[0]} now{' of other names or sizes' if now[0] == then[0] else ''}: use "
                             f"another --out, or give the same images to go on")
+        if state and state["names"] != source.names:
+            raise UserError(f"{args.out}/last.pt: the class names of {args.data} have changed: use another "
+                            f"--out, or give the same names.txt to go on")
         sources[split] = source
     n = len(sources["train"])
     if n * repeats(args, n) < args.batch:
@@ -707,8 +711,9 @@ def open_data(args, state):
 
 def cached_labels(args, source):
     """The labels of a split, squashed: PerImage (n, S, S) uint8, 255 void. Prints what they show."""
+    # which values a label may have depends on the classes
     labels = cached_squashed(args, "val-labels", source,
-                             lambda i, size: data.squash(source.label(i), size, "nearest"))
+                             lambda i, size: data.squash(source.label(i), size, "nearest"), source.names)
     if RANK == 0:
         pixels = sum(np.bincount(labels[i].flatten(), minlength=256) for i in range(len(labels)))
         print(f"val: {data.class_shares(pixels, source.names)}", flush=True)
@@ -813,7 +818,7 @@ def score_val(trainer, images, labels, epoch, kept):
     Returns them, a dict, and the class of each of the student's clusters: one to one by Hungarian matching on
     all pixels of val; of clusters that are left over the class of most of their pixels (eval.py: `scores`).
     It is kept in trainer.assignment and the checkpoint, for predictions; eval.py matches anew what it scores.
-    kept: see `kept_features`
+    (Of a folder, which has no labels, clusters are classes.) kept: see `kept_features`
     """
     network, rates = trainer.network.eval(), trainer.rates(epoch)
     n_classes, N = len(trainer.source.names), n_channels(trainer.source)
