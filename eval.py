@@ -215,7 +215,7 @@ def mask_logits(network, rates, image, mask_size, par=None, flip=False):
     """The student's logits of every pixel: uint8 (B, H, W, 3) -> (B, N, *mask_size).
 
     rates       of ASPP; mask_size: (rows, columns) that the logits are enlarged to
-    par         a PAR; the probabilities that it refines, at the image's size, are returned instead of logits
+    par         a PAR, which refines probabilities at the image's size; these are returned, not logits
     flip        logits are the mean of those of the image and those of its mirror image, mirrored back
     """
     pixels = data.to_float(image, network.vit.cls_token.device)                   # (B, 3, H, W)
@@ -359,8 +359,8 @@ def photographs_by_name(source):
 def earlier_shares(file):
     """What earlier calls wrote to predictions.json; {} without it. Raises UserError if it is damaged."""
     try:
-        return json.loads(file.read_text()) if file.exists() else {}
-    except ValueError:
+        return dict(json.loads(file.read_text())) if file.exists() else {}
+    except (ValueError, TypeError):
         raise UserError(f"{file}: damaged; move it away, or give another --out") from None
 
 

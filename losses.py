@@ -164,8 +164,9 @@ def pixel_weights(n_pixels, is_thing, by_class):
     """
     def weights_in(half):                                 # over the pixels of the half they sum to 1
         found = half & (n_pixels > 0)                     # (N,), its classes that occur
-        size = n_pixels * found.sum() if by_class else (n_pixels * found).sum()
-        return found / size.clamp(min=1)                  # (N,)
+        if by_class:
+            return found / (n_pixels * found.sum()).clamp(min=1)                  # (N,)
+        return found / (n_pixels * found).sum().clamp(min=1)                      # (N,)
 
     halves = [weights_in(is_thing), weights_in(~is_thing)]
     n_halves = sum(half.any().long() for half in halves)

@@ -51,27 +51,18 @@ def full(x):
 
 
 def colour_exponents(image, dilations, bandwidth):
-    """Yield Eq. 4's k_rgb of each neighbour, colour by colour, less the first neighbour's: (B, 3, H, W).
+    """Yield -((|I_kl - I_ij| / std_rgb) / bandwidth)^2 of each of the N neighbours: (B, 3, H, W).
 
-        k_rgb = -((|I_kl - I_ij| / std_rgb) / bandwidth)^2
-
-    std_rgb is the unbiased standard deviation of the N neighbours' values. What all N have less, softmax
-    ignores. It is taken away because of a pixel that differs from surroundings that are flat in one colour:
-    there all N numbers of that colour are huge, and in fp32 the mean over colours would lose the others.
+    std_rgb is the unbiased standard deviation of the N neighbours' values. Mean, std_rgb and exponents read
+    the neighbours anew, so that no tensor holds all N colours.
     """
-    # mean, std_rgb and k_rgb read the neighbours anew each time, so that no tensor holds all N colours
     N = 8 * len(dilations)
     mean = sum(neighbours(image, dilations)) / N                                  # (B, 3, H, W)
     squares = sum((neighbour - mean).square_() for neighbour in neighbours(image, dilations))
     std = (squares / (N - 1)).sqrt()                                              # (B, 3, H, W)
     factor = -1 / ((std + EPS) * bandwidth) ** 2
-
-    def k_rgb(neighbour):
-        return (neighbour - image).square_().mul_(factor)
-
-    first = k_rgb(next(neighbours(image, dilations)))
     for neighbour in neighbours(image, dilations):
-        yield k_rgb(neighbour) - first
+        yield (neighbour - image).square_().mul_(factor)
 
 
 @torch.no_grad()
@@ -81,12 +72,16 @@ def affinity(image, dilations=DILATIONS, omega3=OMEGA3, bandwidth=BANDWIDTH):
     image    (B, 3, H, W), any range: colour differences are divided by their own standard deviation
     returns  (B, N, H, W) in fp32, of a float64 image in float64; sums to 1 + omega3 over N
 
-    k_rgb is that of `colour_exponents`, averaged over the three colours; k_pos is the same of the distance in
-    pixels.
+    k_rgb is the mean of `colour_exponents` over the three colours; k_pos the same of the distance in pixels.
     """
     image = full(image)
-    k_rgb = torch.stack([exponent.mean(1) for exponent in colour_exponents(image, dilations, bandwidth)],
-                        dim=1)                            # (B, N, H, W)
+    exponents = colour_exponents(image, dilations, bandwidth)
+    first = next(exponents)                               # (B, 3, H, W)
+    # Each colour's exponents less the first neighbour's: softmax gives the same. Where a pixel is unlike its
+    # surroundings, and these are flat in one colour, all of that colour's exponents are huge, and in fp32 the
+    # mean over colours would lose the others'
+    k_rgb = [torch.zeros_like(first[:, 0]), *((exponent - first).mean(1) for exponent in exponents)]
+    k_rgb = torch.stack(k_rgb, dim=1)                     # (B, N, H, W)
     distance = torch.tensor([math.hypot(*offset) for offset in offsets(dilations)], dtype=image.dtype)
     distance = distance.to(image.device, non_blocking=True)                       # (N,)
     k_pos = -(distance / ((distance.std() + EPS) * bandwidth)) ** 2               # (N,)

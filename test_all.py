@@ -1348,8 +1348,11 @@ def test_other_class_names_are_noticed_by_a_run_that_goes_on_and_by_its_caches(t
     state = {"names": ["road", "sky", "car"],
              "images": {split: train.identity(source) for split, source in sources.items()}}
     train.open_data(args, state)
-    names.write_text("road\nsky\n")
+    names.write_text("road\ncar\nsky\n")
     refused(lambda: train.open_data(args, state), "last.pt: the class names of voc have changed")
+    names.write_text("road\nsky\n")
+    refused(lambda: train.open_data(args, None), "one class beside the background")
+    args.classes = 2                                      # kinds of it
     val = train.open_data(args, None)["val"]
     refused(lambda: train.cached_labels(args, val), "label value 2 is not in use")
 
@@ -2927,7 +2930,8 @@ def test_each_cache_depends_on_all_that_made_it_and_on_nothing_else(tmp_path, mo
             (cam, "KEEP_MASS", 0.2, {"train-cams"}), (now, "centroids", randn(5, 8, seed=1), {"train-cams"}),
             (now, "centroids", randn(6, 8), {"train-cams"}), (now, "digest", "b", {"windows", "train-cams"}),
             (args, "size", 128, every - {"windows"}), (now, "source", other, every),
-            (now, "source", fewer, every), (args, "data", "voc", every), (train, "VERSION", 0, every),
+            (now, "source", fewer, every), (fewer, "names", list("abcdef"), {"val-labels"}),
+            (args, "data", "voc", every), (train, "VERSION", 0, every),
             *((args, option, value, set()) for option, value in (
                 ("seed", 1), ("root", "x"), ("workers", 1), ("batch", 2), ("jitter", [0] * 4), ("crop", 16),
                 ("threshold", 0.5), ("classes", 9), ("precision", "bf16"), ("accumulate", 2),
@@ -2942,7 +2946,7 @@ def test_each_cache_depends_on_all_that_made_it_and_on_nothing_else(tmp_path, mo
         known = folders
 
 
-def test_what_a_run_knows_of_its_files_are_names_and_sizes_but_not_the_roots_spelling(tmp_path, monkeypatch):
+def test_a_run_knows_its_files_by_names_and_fingerprints_but_not_by_the_roots_spelling(tmp_path, monkeypatch):
     for i in range(3):
         save(tmp_path / f"photos/{i}.png", data.shapes(i)[0])
     whole = train.identity(data.Folder(tmp_path / "photos"))
@@ -2951,6 +2955,12 @@ def test_what_a_run_knows_of_its_files_are_names_and_sizes_but_not_the_roots_spe
     assert train.identity(data.Folder("./photos/")) == train.identity(data.Folder("photos")) == whole
     shutil.copy("photos/0.png", "photos/1.png")
     assert train.identity(data.Folder("photos")) != whole
+    for suffix in ("bmp", "tif"):                         # of all images of a shape these have one size
+        for i, folder in enumerate(("one", "two")):
+            save(tmp_path / f"{suffix}/{folder}/a.{suffix}", data.shapes(i)[0])
+        one, two = sorted((tmp_path / suffix).rglob(f"a.{suffix}"))
+        assert os.path.getsize(one) == os.path.getsize(two)
+        assert train.identity(data.Folder(one.parent)) != train.identity(data.Folder(two.parent))
     voc = make_voc(tmp_path / "voc")
     known, name = [train.identity(data.VOC(voc))], "2007_000001"
     save(voc / f"SegmentationClass/{name}.png", np.eye(200, dtype=np.uint8))      # of other numbers of bytes
@@ -3002,6 +3012,14 @@ def test_a_run_says_which_epoch_is_far_slower_than_the_fastest(tmp_path, monkeyp
     text = here(0, "slower than the fastest", "train.py", *RUN, "--epochs", "4", "--out", tmp_path / "run")
     after = text[text.index("epoch 4/4"):].splitlines()[1]
     assert after.startswith("2 times slower") and text.count("slower than") == 1, text
+
+
+@pytest.mark.parametrize("content, gb", [("VmHWM:\t  2000000 kB\n", 2.048), ("VmRSS:\t 1 kB\n", None)])
+def test_a_system_that_does_not_tell_its_peak_of_memory_is_none_the_worse(monkeypatch, content, gb):
+    monkeypatch.setattr(Path, "read_text", lambda path: content)
+    monkeypatch.setattr(Path, "exists", lambda path: True)
+    cost = train.speed(options(), torch.device("cpu"), 10, 2.0, 0.5)
+    assert cost == {"images_per_s": 40.0, "data_wait": 0.25} | ({"peak_gb": gb} if gb else {})
 
 
 def log_values(run):
@@ -3391,7 +3409,7 @@ def test_a_folder_of_photographs_trains_and_predicts_without_labels_and_has_to_s
         "0 = background", "1 = cluster 1", "2 = cluster 2", "3 = cluster 3"]
     (run / "names.txt").write_text("1 = dog\n3 = dog\n2 = background")            # as a user edits it
     shutil.copy(photos / "0.jpg", photos / "7.jpg")
-    text = here(2, "images of train have changed, 6 then, 7 now", *go, "2")
+    text = here(2, "images or labels of train have changed, 6 then, 7 now", *go, "2")
     assert text.count("train.py: ") == 1 and (run / "curves.png").exists(), text
     (photos / "7.jpg").unlink()
     here(0, "1 of 2 epochs are done, going on", *go, "2")
@@ -3421,7 +3439,9 @@ def test_a_folder_of_photographs_trains_and_predicts_without_labels_and_has_to_s
     assert here(2, "names.txt: line 2", "tools/show.py", "clusters", run).count("\n") == 1
     here(2, "/run/names.txt: line 2", "tools/show.py", "compare", other, run)
     (run / "last.pt").unlink()                            # a new run has other clusters
-    here(2, "names the clusters of an earlier run", *go, "1")
+    here(2, "/run/names.txt: of an earlier run", *go, "1")
+    (run / "best.pt").touch()                             # of which eval.py would read this one
+    here(2, "/run/best.pt: of an earlier run", *go, "1")
 
 
 def test_the_ablation_trains_its_rows_and_compares_them_seed_by_seed(tmp_path):
@@ -3566,6 +3586,10 @@ def test_predictions_have_the_images_own_size_and_class_indices(uninterrupted, t
             assert Image.open(out / f"{name}_overlay.png").size == size
     assert sorted(p.name for p in out.rglob("*") if p.is_file()) == [
         "a_mask.png", "a_overlay.png", "b_mask.png", "b_overlay.png", "legend.png", "predictions.json"]
+    for damaged in ("{", "7"):
+        (out / "predictions.json").write_text(damaged)
+        refused(lambda: evaluation.earlier_shares(out / "predictions.json"), "predictions.json: damaged")
+    (out / "predictions.json").unlink()
     here(0, "wrote 1 masks", "eval.py", checkpoint, "--predict", photos / "a.png", photos / "sub",
          "--limit", "1", "--out", tmp_path / "one")       # several paths
     exif, loaded = Image.Exif(), evaluation.load_checkpoint(checkpoint)

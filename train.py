@@ -24,6 +24,7 @@ import math
 import os
 import sys
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -294,11 +295,21 @@ def cached_squashed(args, name, source, read, *depends_on):
     return PerImage(cached_shards(args, name, key, len(source), squashed))
 
 
+def fingerprint(file):
+    """Size of a file in bytes; of kinds where that follows from the shape also a checksum of its middle."""
+    size = os.path.getsize(file)
+    if Path(file).suffix.lower() not in (".bmp", ".tif", ".tiff"):
+        return size
+    with open(file, "rb") as f:
+        f.seek(size // 2)
+        return [size, zlib.crc32(f.read(2 ** 16))]
+
+
 @lru_cache                                                # COCO has 240,000 files
 def identity(source):
-    """What the files of a split are: [how many images, digest of their names and of all sizes in bytes]."""
-    labels = [os.path.getsize(file) for file in source.labels if os.path.exists(file)]
-    images = [os.path.getsize(file) for file in source.images if os.path.exists(file)]
+    """What the files of a split are: [how many images, digest of their names and of all `fingerprint`s]."""
+    labels = [fingerprint(file) for file in source.labels if os.path.exists(file)]
+    images = [fingerprint(file) for file in source.images if os.path.exists(file)]
     names = list(map(str, source.ids))
     return [len(source), hashlib.sha256(json.dumps([names, images, labels]).encode()).hexdigest()]
 
@@ -692,12 +703,15 @@ def open_data(args, state):
             source.things = args.classes
         if RANK == 0:
             print(f"{split}: {source.summary()}", flush=True)
+        if source.things == 1:                            # L_un compares two
+            raise UserError(f"--data {args.data}: one class beside the background is too few; --classes 2 or "
+                            f"more looks for so many kinds of it")
         now = identity(source)
         then = state["images"][split] if state else now
         if then != now:
-            raise UserError(f"{args.out}/last.pt: the images of {split} have changed, {then[0]} then, "
-                            f"{now[0]} now{' of other names or sizes' if now[0] == then[0] else ''}: use "
-                            f"another --out, or give the same images to go on")
+            raise UserError(f"{args.out}/last.pt: the images or labels of {split} have changed, {then[0]} "
+                            f"then, {now[0]} {'others ' if now[0] == then[0] else ''}now: use another --out, "
+                            f"or give the same ones to go on")
         if state and state["names"] != source.names:
             raise UserError(f"{args.out}/last.pt: the class names of {args.data} have changed: use another "
                             f"--out, or give the same names.txt to go on")
@@ -764,14 +778,16 @@ def save_checkpoint(trainer, name):
 
 def resume(args, trainer_class=Trainer):
     """The last checkpoint of the run in --out, or None. Raises UserError if its options were others."""
-    file, names = Path(args.out) / "last.pt", Path(args.out) / "names.txt"
+    file, best, names = (Path(args.out) / name for name in ("last.pt", "best.pt", "names.txt"))
     state = load_checkpoint(file) if file.exists() else None
     epoch = state["epoch"] if state else -1
     if all_reduce_sum(torch.tensor(epoch)).item() != epoch * WORLD:               # some found another one
         raise UserError(f"{args.out}: not the same on all machines: they must share this folder")
     if state is None:
-        if names.exists():
-            raise UserError(f"{names}: names the clusters of an earlier run; move it away to start anew")
+        for left in (best, names):
+            if left.exists():
+                raise UserError(f"{left}: of an earlier run, whose last.pt is gone; move it away, too, to "
+                                f"start anew")
         return None
     with_names(state, names)                              # a mistake in names.txt is told now, not at the end
     for name, now in vars(args).items():
@@ -779,7 +795,7 @@ def resume(args, trainer_class=Trainer):
         if name not in trainer_class.may_differ and then != now:
             raise UserError(f"{file}: was started with --{name.replace('_', '-')} {as_typed(then)}, now "
                             f"{as_typed(now)}: use another --out, give the same option to go on, or move "
-                            f"this file away to start anew")
+                            f"{args.out} away to start anew")
     return state
 
 
@@ -928,11 +944,12 @@ class Log:
 def speed(args, device, steps, seconds, waited):
     """What an epoch of `steps` steps cost: images per second, share of waiting for data, memory in GB."""
     cost = {"images_per_s": steps * args.batch / seconds, "data_wait": waited / seconds}
-    status = Path("/proc/self/status")                    # Linux's
+    status = Path("/proc/self/status")                    # Linux's; not every Linux's has the peak, in KB
+    peak = status.read_text().partition("VmHWM:")[2].split() if status.exists() else []
     if device.type == "cuda":
         cost["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-    elif status.exists():
-        cost["peak_gb"] = int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024 / 1e9      # KB
+    elif peak:
+        cost["peak_gb"] = int(peak[0]) * 1024 / 1e9
     return cost
 
 
