@@ -312,7 +312,7 @@ def opened(path, what="image"):
                 raise UserError(f"{path}: {image.width} x {image.height} pixels are too many for one {what}; "
                                 "shrink it")
             yield image
-    except UserError:
+    except (UserError, MemoryError):
         raise
     except UnidentifiedImageError:
         reason, advice = unread_kind(path)
@@ -829,11 +829,30 @@ class Folder(Dataset):
         return super().summary() + notes_in_words + self.what_is_left_out()
 
 
-def without_common_end(names):
-    """The names without what all of them end with, from its first _ or - on: a_RGB, b_RGB -> a, b."""
-    end = os.path.commonprefix([name[::-1] for name in names])[::-1]
-    start = re.search("[_-]|$", end).start()
-    return [name.removesuffix(end[start:]) for name in names]
+def cuts(name):
+    """A name cut before each _ or - and at its end: (stem, ending), no part of an ending being a number.
+
+    a_1_RGB -> a_1, _RGB; a_1_RGB, nothing. So IMG_1 and IMG_2_label have no stem in common.
+    """
+    starts = [m.start() for m in re.finditer("[_-]|$", name) if "/" not in name[m.start():]]
+    return [(name[:i], name[i:]) for i in starts if not any(map(str.isdigit, re.split("[_-]", name[i:])))]
+
+
+def pair_names(names, label_names):
+    """{photograph's name: its mask's}: all photographs have one ending and all masks another, or none.
+
+    The two endings are those with which most names pair up; of several the shortest.
+    """
+    endings_of = {}                                       # of photographs, by stem
+    for name in names:
+        for stem, ending in cuts(name):
+            endings_of.setdefault(stem, []).append(ending)
+    found = Counter((ending, label_ending) for name in label_names for stem, label_ending in cuts(name)
+                    for ending in endings_of.get(stem, ()))
+    ending, label_ending = max(found, key=lambda both: (found[both], -len("".join(both))), default=("", ""))
+    label_of = {name.removesuffix(label_ending): name for name in label_names if name.endswith(label_ending)}
+    stem_of = {name: name.removesuffix(ending) for name in names if name.endswith(ending)}
+    return {name: label_of[stem] for name, stem in stem_of.items() if stem in label_of}
 
 
 class Masks(Folder):
@@ -849,17 +868,13 @@ class Masks(Folder):
         self.names = read_class_names(Path(masks) / "names.txt")
         self.things, self.n_values = len(self.names) - 1, len(self.names)
         labels = Folder(masks)
-        names, label_names = self.ids, labels.ids
-        if not set(names) & set(label_names):
-            names, label_names = without_common_end(names), without_common_end(label_names)
-        label_of = dict(zip(label_names, labels.images))
-        pairs = [(i, image, label_of[name]) for i, image, name in zip(self.ids, self.images, names)
-                 if name in label_of]
+        mask_of, file_of = pair_names(self.ids, labels.ids), dict(zip(labels.ids, labels.images))
+        pairs = [(i, image, file_of[mask_of[i]]) for i, image in zip(self.ids, self.images) if i in mask_of]
         if not pairs:
             raise UserError(f"{masks}: no mask is named like a photograph (the first are {labels.ids[0]} and "
                             f"{self.ids[0]}); give them the same names, and subfolders")
         self.unpaired = (f"; {len(self.ids) - len(pairs)} photographs have no mask, "
-                         f"{len(set(label_names) - set(names))} masks have no photograph")
+                         f"{len(labels) - len(set(mask_of.values()))} masks have no photograph")
         self.ids, self.images, self.labels = map(list, zip(*pairs))
 
     def summary(self):

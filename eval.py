@@ -251,19 +251,24 @@ def whole_patches(image, patch):
     return np.array(Image.fromarray(image).resize((w, h), Image.BILINEAR))
 
 
-def segment_photograph(network, checkpoint, image, native=False, par=None, flip=False):
-    """Classes of one image of any size: uint8 (H, W, 3) -> uint8 (H, W).
+def clusters_of_photograph(network, checkpoint, image, mask_size, native=False, par=None, flip=False):
+    """Clusters of one image of any size: uint8 (H, W, 3) -> uint8 (*mask_size).
 
     The network gets it squashed to the size that it was trained with or, `native`, in its own shape, whole
-    patches and at most MOST pixels a side. par, flip: as for `mask_logits`
+    patches and at most MOST pixels a side. mask_size, par, flip: as for `mask_logits`
     """
     if native:
         resized = whole_patches(image, network.vit.patch_size)
     else:
         resized = data.squash(image, checkpoint["args"]["size"], antialias=True)
-    capped = at_most(image.shape)                         # all clusters of 12 megapixels would take 1 GB
+    capped = at_most(mask_size)                           # all clusters of 12 megapixels would take 1 GB
     logits = mask_logits(network, checkpoint["rates"], resized[None], capped, par, flip)[0].cpu()
-    clusters = enlarged_argmax(logits, *image.shape[:2])                          # (H, W)
+    return enlarged_argmax(logits, *mask_size)
+
+
+def segment_photograph(network, checkpoint, image, native=False, par=None, flip=False):
+    """Classes of one image, at its own size: uint8 (H, W, 3) -> uint8 (H, W), as `clusters_of_photograph`."""
+    clusters = clusters_of_photograph(network, checkpoint, image, image.shape[:2], native, par, flip)
     return np.array(checkpoint["assignment"], np.uint8)[clusters]
 
 
@@ -319,12 +324,12 @@ def print_scores(network, checkpoint, source, native, par, flip):
     for chunk in chunks(len(source), size=1 if native else CHUNK):
         indices = range(chunk.start, chunk.stop)
         if native:                                        # one by one, each at its own size
-            images = whole_patches(source.image(chunk.start), network.vit.patch_size)[None]
-            labels = source.label(chunk.start)[None]
+            image, labels = source.image(chunk.start), source.label(chunk.start)
+            clusters = clusters_of_photograph(network, checkpoint, image, labels.shape, native, par, flip)
         else:
             images = np.stack([source.squashed(i, size) for i in indices])
             labels = np.stack([data.squash(source.label(i), size, "nearest") for i in indices])
-        clusters = segment(network, rates, images, labels.shape[1:], par, flip).cpu()
+            clusters = segment(network, rates, images, labels.shape[1:], par, flip).cpu()
         confusion += confusion_matrix(labels, clusters, n, k)
         pixels += np.bincount(labels.flatten(), minlength=256)
         progress(chunk.stop)

@@ -168,9 +168,9 @@ def pixel_weights(n_pixels, is_thing, by_class):
             return found / (n_pixels * found.sum()).clamp(min=1)                  # (N,)
         return found / (n_pixels * found).sum().clamp(min=1)                      # (N,)
 
-    halves = [weights_in(is_thing), weights_in(~is_thing)]
-    n_halves = sum(half.any().long() for half in halves)
-    return sum(halves) / n_halves.clamp(min=1)
+    of_things, of_others = weights_in(is_thing), weights_in(~is_thing)            # (N,) each
+    n_halves = of_things.any().long() + of_others.any().long()
+    return (of_things + of_others) / n_halves.clamp(min=1)
 
 
 def similarity(class_embeddings):

@@ -18,6 +18,7 @@ repository, which says what was chosen where the paper is silent.
 import argparse
 import copy
 import hashlib
+import http.client
 import io
 import json
 import math
@@ -717,7 +718,7 @@ def fetched(name, source):
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(WEIGHTS_URL + source, str(file), progress=sys.stderr.isatty())
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             raise WeightsError(f"{name}: no weights in {file}, and {WEIGHTS_URL + source} cannot be fetched "
                                f"({error}); {elsewhere}; give the file with --weights FILE") from None
     return file

@@ -72,7 +72,8 @@ def affinity(image, dilations=DILATIONS, omega3=OMEGA3, bandwidth=BANDWIDTH):
     image    (B, 3, H, W), any range: colour differences are divided by their own standard deviation
     returns  (B, N, H, W) in fp32, of a float64 image in float64; sums to 1 + omega3 over N
 
-    k_rgb is the mean of `colour_exponents` over the three colours; k_pos the same of the distance in pixels.
+    k_rgb is the mean of `colour_exponents` over the three colours; k_pos = -((distance / std_pos) /
+    bandwidth)^2, distances and the standard deviation of all N in pixels.
     """
     image = full(image)
     exponents = colour_exponents(image, dilations, bandwidth)

@@ -1389,7 +1389,15 @@ def test_photographs_without_a_mask_are_counted_and_what_does_not_fit_is_named(t
     assert source.ids == ["b", "d"] and [int(source.label(i).mean()) for i in range(2)] == [0, 1]
     assert source.summary().endswith(f"labels in {tmp_path}/masks; 2 photographs have no mask, "
                                      "1 masks have no photograph")
-    assert data.without_common_end(["a10_b_x", "a20_b_x"]) == ["a10", "a20"]      # the 0 is no ending
+    for names, label_names, pairs in (
+            (["a10_b_x", "a20_b_x"], ["a10", "a20"], {"a10_b_x": "a10", "a20_b_x": "a20"}),
+            (["IMG_1"], ["IMG_2_label"], {}),             # a number is no ending
+            (["img_1", "img_2", "img_3"], ["img_2_label"], {"img_2": "img_2_label"}),
+            (["a_1", "b_1", "c_2"], ["a_1_mask", "b_1_mask"], {"a_1": "a_1_mask", "b_1": "b_1_mask"}),
+            (["cat_left", "cat_right"], ["cat_right_mask", "cat_left_mask"],
+             {"cat_left": "cat_left_mask", "cat_right": "cat_right_mask"}),
+            (["my_photos/a"], ["my_masks/b"], {}), (["a"], ["b"], {})):
+        assert data.pair_names(names, label_names) == pairs, names
     values = np.full((10, 12), 255, np.uint8)
     values[:, :4] = 2
     save(source.labels[0], values)
@@ -2450,17 +2458,25 @@ def test_the_sheet_shows_of_each_class_its_share_and_first_the_images_that_have_
     assert len(drawn[1][0]) == 3
 
 
-def test_masks_of_a_large_photograph_have_the_edges_of_logits_at_its_own_size(monkeypatch):
-    logits = F.interpolate(randn(1, 3, 6, 8), size=(60, 80), mode="bilinear")
+def test_masks_of_a_large_photograph_have_the_edges_of_logits_at_its_own_size(monkeypatch, capsys):
+    logits, sizes = F.interpolate(randn(1, 3, 6, 8), size=(60, 80), mode="bilinear"), []
     monkeypatch.setattr(evaluation, "MOST", 80)
-    monkeypatch.setattr(evaluation, "mask_logits", lambda n, r, image, size, *how: F.interpolate(
-        logits, size=size, mode="bilinear"))
+    monkeypatch.setattr(evaluation, "mask_logits", lambda n, r, image, size, *how: (
+        sizes.append(tuple(size)) or F.interpolate(logits, size=size, mode="bilinear")))
     checkpoint = {"args": {"size": 32}, "rates": 0, "assignment": [5, 6, 7]}
     found = lambda h, w: evaluation.segment_photograph(None, checkpoint, np.zeros((h, w, 3), np.uint8)) - 5
     assert np.array_equal(found(60, 80), logits.argmax(1)[0])
     exact = F.interpolate(logits, size=(240, 320), mode="bilinear").argmax(1)[0].numpy()
     nearest = logits.argmax(1)[0].numpy().repeat(4, 0).repeat(4, 1)
     assert (found(240, 320) != exact).mean() < 0.001 < (nearest != exact).mean()
+    # so are they scored at their own size, `--native`: all logits of 12 megapixels would take 1 GB
+    source = SimpleNamespace(names=["a", "b", "c"], image=lambda i: np.zeros((240, 320, 3), np.uint8),
+                             label=lambda i: found(240, 320))
+    monkeypatch.setattr(evaluation, "len", lambda x: 1 if x is source else len(x), raising=False)
+    network = SimpleNamespace(vit=SimpleNamespace(patch_size=8))
+    evaluation.print_scores(network, checkpoint | {"epoch": 1, "args": {"size": 32, "limit": None}}, source,
+                            True, None, False)
+    assert "mIoU 100.00" in capsys.readouterr().out and set(sizes) == {(60, 80)}
 
 
 def test_a_photograph_is_antialiased_and_its_mirror_image_counts_if_asked_for(monkeypatch):
@@ -3612,6 +3628,7 @@ def test_a_photograph_of_12_megapixels_has_a_mask_of_its_size_within_2_gb(tmp_pa
     args = options("--data", "folder", "--root", str(photo), "--backbone", "tiny", "--size", "128")
     trainer = train.Trainer(args, model.backbone("tiny")[0], data.Folder(photo, 20),
                             {"centroids": torch.zeros(20, 128)}, torch.device("cpu"))
+    trainer.epoch = 1
     torch.save(train.checkpoint_of(trainer), tmp_path / "last.pt")
     command = [sys.executable, "-c", MASK, tmp_path / "last.pt", "--predict", photo, "--native", "--par",
                "--out", tmp_path / "out"]

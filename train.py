@@ -73,11 +73,14 @@ positive, zero_to_one, factor = number(int, 1), number(float, 0, 1), number(floa
 
 
 def sides(size, own, patch):
-    """size, crop, large, window in pixels: the data set's `own`, or what follows from another --size."""
-    if size == own[0]:                                    # not whole patches of DINOv2, 14: 336 for 320
-        size = math.ceil(size / (2 * patch)) * 2 * patch
-        if size == own[0]:
-            return own
+    """size, crop, large, window in pixels: the data set's `own`, or what follows from another size.
+
+    Another is what --size gives or, where a half of the data set's own is not whole patches, the next one.
+    """
+    if size == own[0] and size % (2 * patch) == 0:
+        return own
+    if size == own[0]:
+        size = math.ceil(size / (2 * patch)) * 2 * patch  # DINOv2's patches, 14: 336 for 320
     return size, size // 2, 2 * size, size
 
 
@@ -211,7 +214,7 @@ BY_DATA_SET = {
                         lambdas=[0.1, 1.0, 0.3, 1.0], teacher_start=2, teacher_weight=0.5),
     "folder": dict(root=None, classes=20, backbone="vits16", window=224, repeat=None,      # decision 32
                    epochs=10, batch=16, lr=5e-4, teacher_start=4, balance="classes",
-                   lambdas=[0.3, 1.0, 0.1, 1.0]),
+                   lambdas=[1.0, 1.0, 0.1, 1.0]),
 }
 
 
@@ -480,8 +483,8 @@ class Trainer:
     inputs   what the run was computed from: {"images": identity of each split, "weights": SHA-256 of the file
              of the ViT's weights, "centroids": (K, D)}
     """
-    may_differ = {"out", "root", "workers", "device", "epochs", "accumulate", "dry_run",
-                  "compile"}                              # in a resumed run
+    # options that may be others when a run goes on
+    may_differ = {"out", "root", "workers", "device", "epochs", "accumulate", "dry_run", "compile"}
 
     def __init__(self, args, vit, source, inputs, device):
         self.args, self.source, self.inputs, self.device = args, source, inputs, device
