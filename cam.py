@@ -225,9 +225,10 @@ def class_activation_maps(vit, image, centroids):
     A is the CLS row of the last attention, alpha^c the gradient of cos(CLS feature, centroid c) in A, each
     the mean over heads. Eq. 5 weighs A by alpha^c; TransFGU adds the two (decision 9):
 
-        L^c = (A / max A + kept alpha^c)  where alpha^c >= 0,  0 elsewhere
+        L^c = (A / max A + evidence^c)  where alpha^c >= 0,  0 elsewhere
 
-    Kept are the largest alpha^c, which together hold 80 % of its positive mass; the others count as 0.
+    evidence^c is alpha^c where it is one of the largest, which together hold 80 % of its positive mass; else
+    it is 0.
 
     In closed form: attended = A v is linear in A, so that, with u = d cos / d attended,
 

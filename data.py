@@ -71,7 +71,7 @@ def draw(seed, epoch, samples, jitter=JITTER):
     """The Draws of `samples`, a sequence of B integers, in one epoch.
 
     A square of 0.4 to 1 times the image's side, anywhere in it, mirrored half the time. Then as TransFGU:
-    colour jitter with probability 0.3, grayscale 0.2, Gaussian blur 0.2 (theirs is drawn once a batch).
+    colour jitter with probability 0.3, grayscale 0.2, Gaussian blur 0.2, which theirs draws once a batch.
 
     jitter    the largest change of brightness, contrast, saturation, and of hue in turns
     """
@@ -830,26 +830,25 @@ class Folder(Dataset):
 
 
 def cuts(name):
-    """A name cut before each _ or - and at its end: (stem, ending), no part of an ending being a number.
-
-    a_1_RGB -> a_1, _RGB; a_1_RGB, nothing. So IMG_1 and IMG_2_label have no stem in common.
-    """
+    """Where an ending of a name may begin: a_1_RGB -> [(a_1, _RGB), (a_1_RGB, "")]. A number is no ending."""
     starts = [m.start() for m in re.finditer("[_-]|$", name) if "/" not in name[m.start():]]
     return [(name[:i], name[i:]) for i in starts if not any(map(str.isdigit, re.split("[_-]", name[i:])))]
 
 
-def pair_names(names, label_names):
-    """{photograph's name: its mask's}: all photographs have one ending and all masks another, or none.
-
-    The two endings are those with which most names pair up; of several the shortest.
-    """
-    endings_of = {}                                       # of photographs, by stem
+def common_endings(names, label_names):
+    """The ending of photographs and that of masks with which most pair up; of several the shortest."""
+    endings = {}                                          # of photographs, by what stands before them
     for name in names:
         for stem, ending in cuts(name):
-            endings_of.setdefault(stem, []).append(ending)
-    found = Counter((ending, label_ending) for name in label_names for stem, label_ending in cuts(name)
-                    for ending in endings_of.get(stem, ()))
-    ending, label_ending = max(found, key=lambda both: (found[both], -len("".join(both))), default=("", ""))
+            endings.setdefault(stem, []).append(ending)
+    n_pairs = Counter((ending, label_ending) for name in label_names for stem, label_ending in cuts(name)
+                      for ending in endings.get(stem, ()))
+    return max(n_pairs, key=lambda both: (n_pairs[both], -len("".join(both))), default=("", ""))
+
+
+def pair_names(names, label_names):
+    """{photograph's name: its mask's}: all photographs have one ending and all masks another, or none."""
+    ending, label_ending = common_endings(names, label_names)
     label_of = {name.removesuffix(label_ending): name for name in label_names if name.endswith(label_ending)}
     stem_of = {name: name.removesuffix(ending) for name in names if name.endswith(ending)}
     return {name: label_of[stem] for name, stem in stem_of.items() if stem in label_of}

@@ -105,7 +105,7 @@ def cross_entropy(logits, label):
 
 
 def look_up(numbers, label, of_void):
-    """numbers[label], of void `of_void`: numbers (N,), one for each class, label (B, H, W) -> (B, H, W)."""
+    """The number of each pixel's class: numbers (N,), of void `of_void`; label (B, H, W) -> (B, H, W)."""
     void = label == VOID
     return numbers[label.long().masked_fill(void, 0)].masked_fill(void, of_void)
 

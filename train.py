@@ -72,18 +72,6 @@ def number(kind, least, most=math.inf):
 positive, zero_to_one, factor = number(int, 1), number(float, 0, 1), number(float, 0, 1e6)
 
 
-def sides(size, own, patch):
-    """size, crop, large, window in pixels: the data set's `own`, or what follows from another size.
-
-    Another is what --size gives or, where a half of the data set's own is not whole patches, the next one.
-    """
-    if size == own[0] and size % (2 * patch) == 0:
-        return own
-    if size == own[0]:
-        size = math.ceil(size / (2 * patch)) * 2 * patch  # DINOv2's patches, 14: 336 for 320
-    return size, size // 2, 2 * size, size
-
-
 def parse(argv=None, *parsers, **settings):
     """Options, and settings that have none, as one flat namespace of plain values.
 
@@ -216,6 +204,13 @@ BY_DATA_SET = {
                    epochs=10, batch=16, lr=5e-4, teacher_start=4, balance="classes",
                    lambdas=[1.0, 1.0, 0.1, 1.0]),
 }
+
+
+def sides(size, own, patch):
+    """The four sides of `parse`: size, crop, large, window, in pixels. own: those of the data set."""
+    if size == own[0]:                                    # the next size whose half is whole patches: 320, or
+        size = math.ceil(size / (2 * patch)) * 2 * patch  # with DINOv2's patches of 14 pixels 336
+    return own if size == own[0] else [size, size // 2, 2 * size, size]
 
 
 # ----------------------------------------------------------------------------
@@ -507,7 +502,7 @@ class Trainer:
         self.assignment = list(range(N)) if args.data == "folder" else [0] * N
 
     def rates(self, epoch):
-        """Table 1's row of this epoch, or DeepLabV3+'s in every epoch; a checkpoint keeps its own."""
+        """Table 1's row of this epoch, or DeepLabV3+'s in every epoch; a checkpoint keeps its epoch's."""
         return DEEPLAB_RATES if self.args.aspp == "static" else dilation_rates(epoch)
 
     def teacher_age(self, epoch):
