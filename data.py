@@ -21,6 +21,7 @@ import colorsys
 import contextlib
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -829,29 +830,25 @@ class Folder(Dataset):
         return super().summary() + notes_in_words + self.what_is_left_out()
 
 
-def cuts(name):
-    """Where an ending of a name may begin: a_1_RGB -> [(a_1, _RGB), (a_1_RGB, "")]. A number is no ending."""
-    starts = [m.start() for m in re.finditer("[_-]|$", name) if "/" not in name[m.start():]]
-    return [(name[:i], name[i:]) for i in starts if not any(map(str.isdigit, re.split("[_-]", name[i:])))]
-
-
-def common_endings(names, label_names):
-    """The ending of photographs and that of masks with which most pair up; of several the shortest."""
-    endings = {}                                          # of photographs, by what stands before them
-    for name in names:
-        for stem, ending in cuts(name):
-            endings.setdefault(stem, []).append(ending)
-    n_pairs = Counter((ending, label_ending) for name in label_names for stem, label_ending in cuts(name)
-                      for ending in endings.get(stem, ()))
-    return max(n_pairs, key=lambda both: (n_pairs[both], -len("".join(both))), default=("", ""))
+def common_endings(names):
+    """What all names end with, from a _ or - on, shortest first: a_1_RGB, b_2_RGB -> "", _RGB. No numbers."""
+    endings = set.intersection(*({name[m.start():] for m in re.finditer("[_-]|$", name)} for name in names))
+    return sorted((e for e in endings if "/" not in e and not any(map(str.isdigit, re.split("[_-]", e)))),
+                  key=len)
 
 
 def pair_names(names, label_names):
-    """{photograph's name: its mask's}: all photographs have one ending and all masks another, or none."""
-    ending, label_ending = common_endings(names, label_names)
-    label_of = {name.removesuffix(label_ending): name for name in label_names if name.endswith(label_ending)}
-    stem_of = {name: name.removesuffix(ending) for name in names if name.endswith(ending)}
-    return {name: label_of[stem] for name, stem in stem_of.items() if stem in label_of}
+    """{photograph's name: its mask's}: all photographs have one ending and all masks another, or none.
+
+    Of the endings that they have those with which most pair up, and of several the shortest.
+    """
+    most = {}
+    for ending, label_ending in itertools.product(common_endings(names), common_endings(label_names)):
+        label_of = {name.removesuffix(label_ending): name for name in label_names}
+        stem_of = {name: name.removesuffix(ending) for name in names}
+        pairs = {name: label_of[stem] for name, stem in stem_of.items() if stem in label_of}
+        most = max(most, pairs, key=len)                  # the earlier one if they are equal
+    return most
 
 
 class Masks(Folder):
