@@ -838,9 +838,9 @@ def common_endings(names):
 
 
 def pair_names(names, label_names):
-    """{photograph's name: its mask's}: all photographs have one ending and all masks another, or none.
+    """{photograph's name: its mask's}. All photographs may have one ending, and all masks another.
 
-    Of the endings that they have those with which most pair up, and of several the shortest.
+    Taken are the two endings with which most names pair up; if several do, the shortest.
     """
     most = {}
     for ending, label_ending in itertools.product(common_endings(names), common_endings(label_names)):
